@@ -1,0 +1,241 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from clinfast import canary, patch
+from clinfast.backends import cpu
+from clinfast.backends.cpu import native
+from clinfast.engine.concurrency import available_cores
+from clinfast.engine.encoder import Encoder
+from clinfast.engine.spec import Request, Unsupported
+from clinfast.guard import ClinfastWarning, StrictError
+from clinfast.ops import registry
+from clinfast.report import Info, Report, UnitReport, Verification
+
+__all__ = ["ClinfastWarning", "StrictError"]
+
+Target = TypeVar("Target")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    precision: str
+    backend: str
+    padding: str
+    reproducible: bool | None
+    inference_only: bool
+    strict: bool
+    weights: str
+
+    def __post_init__(self) -> None:
+        registry.order(self.backend)
+        if self.padding not in ("remove", "keep"):
+            raise ValueError(f"padding={self.padding!r} is unknown; choose 'remove' or 'keep'")
+        if self.weights == "release":
+            raise Unsupported("weights='release' is not served on the CPU yet; weights='keep' works everywhere")
+        if self.weights != "keep":
+            raise ValueError(f"weights={self.weights!r} is unknown; choose 'keep' or 'release'")
+        if self.reproducible not in (None, True, False):
+            raise ValueError(f"reproducible={self.reproducible!r} must be True, False or None")
+
+
+def optimize(
+    model: Target,
+    *,
+    precision: str = "auto",
+    backend: str = "auto",
+    padding: str = "remove",
+    reproducible: bool | None = None,
+    inference_only: bool = False,
+    strict: bool = False,
+    weights: str = "keep",
+) -> Target:
+    """Make `model` fast, in place.
+
+    Args:
+        model: a transformers model, a `pipeline`, a `SentenceTransformer` or `CrossEncoder`, or any `nn.Module` that
+            contains an encoder that clinfast knows.
+        precision: `"auto"` (the model's own dtype), `"fp32"` or `"bf16"`; outputs keep the model's dtype.
+        backend: `"auto"`, `"cpu"` (compiled kernels) or `"torch"` (pure PyTorch).
+        padding: `"remove"` computes real tokens only and returns zeros at padded positions; `"keep"` computes every
+            position as stock does.
+        reproducible: True demands that a note's output has the same bits in any batch; on the CPU that is so by
+            default, and `report` says whether this machine proved it.
+        inference_only: you promise that no gradients are wanted, so a missing `torch.no_grad()` costs nothing.
+        strict: raise `StrictError` where the stock forward would have to run.
+        weights: `"keep"` leaves the stock weights where they are.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: an unknown option, nothing to optimize in `model`, or a model that is optimized already.
+        Unsupported: with `strict=True`, a model whose configuration is not served; or an option that this machine
+            does not serve.
+    """
+    options = Options(precision, backend, padding, reproducible, inference_only, strict, weights)
+    if backend == "cpu" and cpu.unavailable() is not None:
+        raise ValueError(f"backend='cpu' is not there: {cpu.unavailable()}; backend='torch' works everywhere")
+    units = patch.find_units(model)
+    if not units:
+        raise ValueError(
+            f"there is nothing to optimize in {type(model).__name__}: no encoder of the families "
+            f"{', '.join(patch.families())} was found in it"
+        )
+    for unit in units:
+        if patch.patched(unit.module) is not None:
+            raise ValueError(f"{_name(unit)} is optimized already; call clinfast.restore(model) first")
+    for unit in units:
+        try:
+            if unit.refused is not None:
+                raise Unsupported(unit.refused)
+            _optimize_unit(unit, options)
+        except Unsupported as refusal:
+            if strict or unit.refused is None:
+                for other in units:
+                    patch.unbind(other.module)
+                raise
+            patch.mark_refused(unit.module, str(refusal))
+            warnings.warn(f"{_name(unit)} is left stock: {refusal}", ClinfastWarning, stacklevel=2)
+    return model
+
+
+def _optimize_unit(unit: patch.Unit, options: Options) -> None:
+    encoder = Encoder(
+        unit.match,
+        precision=options.precision,
+        backend=options.backend,
+        padding=options.padding,
+        reproducible=options.reproducible,
+    )
+    error = canary.check(unit.module, unit.match, encoder)
+    forward = patch.bind(
+        unit.module, unit.match, encoder, strict=options.strict, inference_only=options.inference_only
+    )
+    forward.canary_error = error
+
+
+def _name(unit: patch.Unit) -> str:
+    return f"{type(unit.module).__name__} at {unit.path!r}" if unit.path else type(unit.module).__name__
+
+
+def _patched(model: Any, action: str) -> list[tuple[str, nn.Module, patch.PatchedForward]]:
+    found = patch.find_patched(model)
+    if not found:
+        raise ValueError(f"{action}: {type(model).__name__} is not optimized; call clinfast.optimize(model) first")
+    return found
+
+
+def restore(model: Target) -> Target:
+    """Undo `optimize`: the same object, its stock forward and nothing of ours left. Harmless on a stock model."""
+    for _, module, _ in patch.find_patched(model):
+        patch.unbind(module)
+    patch.clear_refused(model)
+    return model
+
+
+@contextmanager
+def disabled(model: Any) -> Iterator[None]:
+    """Within the context, and in this thread only, `model` runs its stock forward."""
+    with ExitStack() as stack:
+        for _, _, forward in _patched(model, "disabled"):
+            stack.enter_context(forward.disable())
+        yield
+
+
+def refresh(model: Any) -> None:
+    """Pack the weights anew, after a change that leaves no trace (a write to single rows through `.data`)."""
+    for _, _, forward in _patched(model, "refresh"):
+        forward.encoder.pack()
+
+
+def warmup(model: Any, lengths: Sequence[int] = (16, 64, 128, 256, 512)) -> None:
+    """Run one note of each length, so that the first request is as fast as the thousandth."""
+    for _, _, forward in _patched(model, "warmup"):
+        spec = forward.encoder.spec
+        for length in lengths:
+            length = max(1, min(int(length), spec.max_positions - spec.position_offset))
+            ids = torch.zeros(1, length, dtype=torch.long)
+            forward.encoder.run(Request(ids, None, None))
+
+
+def report(model: Any) -> Report:
+    """What was optimized, how calls ran so far, and why some of them ran stock."""
+    units = []
+    for path, module, forward in patch.find_patched(model):
+        units.append(
+            UnitReport(
+                path=path,
+                class_name=type(module).__name__,
+                calls_fast=forward.calls_fast,
+                calls_stock=forward.calls_stock,
+                fallbacks=dict(forward.fallbacks),
+                facts=forward.encoder.describe(),
+                canary_error=forward.canary_error,
+                refused=None,
+            )
+        )
+    for path, module, reason in patch.find_refused(model):
+        units.append(UnitReport(path, type(module).__name__, 0, 0, {}, {}, None, reason))
+    return Report(tuple(units), dict(registry.calls), native.isa())
+
+
+def verify(model: Any, inputs: Any, *, tolerance: float | None = None) -> Verification:
+    """Compare ours with stock on real inputs, both against the same model in float64.
+
+    Args:
+        model: an optimized transformers model.
+        inputs: what its tokenizer returns, or a list of such batches.
+        tolerance: largest allowed absolute difference from stock; None asks instead that our error is at most twice
+            stock's own.
+    """
+    from clinfast.verify import verify_module
+
+    found = _patched(model, "verify")
+    if len(found) > 1:
+        raise ValueError(f"verify: {type(model).__name__} holds {len(found)} optimized encoders; pass one of them")
+    return verify_module(found[0][1], inputs, tolerance)
+
+
+def info() -> Info:
+    """What this machine has."""
+    reason = cpu.unavailable()
+    isas = tuple(native.kernels().available_isas()) if reason is None else ()
+    return Info(
+        cpu=_processor(),
+        isa=native.isa() or "torch",
+        isas=isas,
+        threads=torch.get_num_threads(),
+        cores=available_cores(),
+        backends={"cpu": "ready" if reason is None else reason, "torch": "ready"},
+        versions={name: _version(name) for name in ("clinfast", "torch", "transformers")}
+        | {"python": platform.python_version()},
+    )
+
+
+def _processor() -> str:
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.lower().startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,1 @@
+"""One module a backend; each offers `implementations()`: op name -> function with the op's signature."""

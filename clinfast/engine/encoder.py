@@ -1,0 +1,190 @@
+"""One optimized module's encoder: precision and backend, packed weights that are never stale, and `run`."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clinfast.engine import reproducibility
+from clinfast.engine.concurrency import gate, single_thread_if_forked
+from clinfast.engine.executors.eager import EagerExecutor
+from clinfast.engine.packing import PackedBatch, pack
+from clinfast.engine.spec import EncoderOutput, HeadSpec, Match, Request, Unsupported
+from clinfast.engine.weights import Fingerprint, PackedWeights, pack_weights
+from clinfast.ops import registry
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LATER = {
+    "fp16": "the CPU kernels compute in fp32 or bf16: pass precision='fp32' (or 'bf16')",
+    "int8": "it is not served yet: pass precision='bf16' for the fastest CPU path",
+    "fp8": "it needs an NVIDIA GPU of the Hopper generation or later: pass precision='bf16'",
+}
+
+
+def resolve_precision(precision: str, model_dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in.
+
+    Raises:
+        ValueError: an unknown name.
+        Unsupported: a known one that this machine does not serve; the message says what will.
+    """
+    if precision == "auto":
+        if model_dtype in PRECISIONS.values():
+            return model_dtype
+        raise Unsupported(
+            f"the model is in {model_dtype}, which the CPU kernels do not compute in; pass precision='fp32' or "
+            "'bf16', and the outputs keep the model's dtype"
+        )
+    if precision in PRECISIONS:
+        return PRECISIONS[precision]
+    if precision in LATER:
+        raise Unsupported(f"precision={precision!r} cannot be served on this device: {LATER[precision]}")
+    choices = ", ".join(map(repr, ("auto", *PRECISIONS, *LATER)))
+    raise ValueError(f"precision={precision!r} is unknown; choose one of {choices}")
+
+
+class Encoder:
+    """Runs admitted calls of one module. Holds the sources of its weights, never the module itself."""
+
+    def __init__(
+        self,
+        match: Match,
+        *,
+        precision: str = "auto",
+        backend: str = "auto",
+        padding: str = "remove",
+        reproducible: bool | None = None,
+    ) -> None:
+        self.spec, self.head = match.encoder, match.head
+        self.refs = [
+            match.parameters[name] for name in self.spec.parameter_names() + self.head.parameter_names()
+        ]
+        first = self.refs[0].tensor()
+        if not first.is_cpu:
+            raise Unsupported(f"the model is on {first.device}; only CPU kernels are built so far: model.to('cpu')")
+        self.model_dtype = first.dtype
+        self.dtype = resolve_precision(precision, self.model_dtype)
+        self.precision, self.backend, self.padding = precision, backend, padding
+        self._executor = EagerExecutor(self.spec, backend)
+        self._lock = threading.Lock()
+        self._packed: tuple[PackedWeights, Fingerprint] | None = None
+        self.packs = 0
+        self.pack()
+        self.reproducible = reproducibility.proved(self.weights().linears())
+        if reproducible and not self.reproducible:
+            raise Unsupported(
+                "reproducible=True, but this machine's linears give a row other bits in another batch; pass "
+                "reproducible=None to go on without that promise"
+            )
+
+    def pack(self) -> None:
+        """Copy the live weights into the layout of the ops, whatever the cache holds."""
+        with self._lock, torch.no_grad():
+            self._packed = None
+            self._pack_locked()
+
+    def mark_dirty(self) -> None:
+        """The next run packs anew."""
+        self._packed = None
+
+    def is_stale(self) -> str | None:
+        packed = self._packed
+        return "not packed since the last training or grad-mode call" if packed is None else packed[1].changed()
+
+    def _weights(self) -> PackedWeights:
+        packed = self._packed
+        if packed is not None and packed[1].changed() is None:
+            return packed[0]
+        with self._lock, torch.no_grad():
+            packed = self._packed
+            if packed is None or packed[1].changed() is not None:
+                packed = self._pack_locked()
+            return packed[0]
+
+    def _pack_locked(self) -> tuple[PackedWeights, Fingerprint]:
+        # The fingerprint comes first: a write that lands while the copy is made is then seen at the next call.
+        fingerprint = Fingerprint(self.refs)
+        names = self.spec.parameter_names() + self.head.parameter_names()
+        tensors = dict(zip(names, fingerprint.held, strict=True))
+        self.model_dtype = fingerprint.held[0].dtype
+        self.dtype = resolve_precision(self.precision, self.model_dtype)
+        weights = pack_weights(self.spec, self.head, tensors, self.dtype, self.backend)
+        self._packed = (weights, fingerprint)
+        self.packs += 1
+        return self._packed
+
+    def run(self, request: Request) -> EncoderOutput:
+        """Compute the request; padded results in the model's dtype.
+
+        Raises:
+            NotServed: the stock forward has to run, for a reason that only the values show.
+            IndexError: an id or token type out of range.
+        """
+        single_thread_if_forked()
+        with gate.room(), torch.no_grad():
+            return run(self._executor, self.weights(), self.head, request, self.padding, self.model_dtype)
+
+    @property
+    def packed_bytes(self) -> int:
+        packed = self._packed
+        return 0 if packed is None else packed[0].nbytes
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the report."""
+        packed = self._packed
+        linears = sorted({linear.library for linear in packed[0].linears()}) if packed else []
+        return {
+            "family": self.spec.family,
+            "head": self.head.kind,
+            "layers": self.spec.num_layers,
+            "hidden_size": self.spec.hidden_size,
+            "compute_dtype": str(self.dtype).removeprefix("torch."),
+            "model_dtype": str(self.model_dtype).removeprefix("torch."),
+            "padding": self.padding,
+            "linear": ", ".join(linears),
+            "packed_bytes": self.packed_bytes,
+            "packs": self.packs,
+            "reproducible": self.reproducible,
+        }
+
+
+def run(
+    executor: EagerExecutor, weights: PackedWeights, head: HeadSpec, request: Request, padding: str, dtype: torch.dtype
+) -> EncoderOutput:
+    first_token = head.kind == "first_token" or head.pooler
+    only_first = head.kind == "first_token"
+    batch = pack(
+        request,
+        executor.spec,
+        keep_padding=padding == "keep",
+        first_token=first_token,
+        backend=executor.backend,
+    )
+    x = (executor.first_hidden_states if only_first else executor.all_hidden_states)(weights, request, batch)
+    pooled = logits = hidden = None
+    if head.pooler:
+        assert weights.pooler is not None
+        pooled = weights.pooler(x if only_first else executor.first_token(x, batch), "tanh")
+    if head.classifier:
+        assert weights.classifier is not None
+        logits = weights.classifier(pooled if pooled is not None else x)
+    if head.kind == "per_token":
+        assert logits is not None
+        logits = unpack(executor, logits, batch, dtype)
+    elif head.kind == "none":
+        hidden = unpack(executor, x, batch, dtype)
+    return EncoderOutput(hidden, _as(pooled, dtype), _as(logits, dtype))
+
+
+def unpack(executor: EagerExecutor, packed: Tensor, batch: PackedBatch, dtype: torch.dtype) -> Tensor:
+    """[T, N] to [B, S, N] with zeros at padded positions."""
+    kernel_dtype = dtype if dtype in registry.KERNEL_DTYPES else torch.float32
+    padded = executor.unpack(packed, batch.indices, batch.batch * batch.seqlen, kernel_dtype)
+    return padded.view(batch.batch, batch.seqlen, packed.shape[1]).to(dtype)
+
+
+def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype)

@@ -1,0 +1,1 @@
+"""How a spec is run: op by op, in a CUDA graph, in one call into C++. Each gives the same results."""

@@ -1,0 +1,87 @@
+"""Runs the encoder op by op."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from clinfast.engine.packing import PackedBatch, one_row_a_note
+from clinfast.engine.spec import EncoderSpec, Request
+from clinfast.engine.weights import PackedLayer, PackedWeights
+from clinfast.ops import registry
+
+# Rows of the FFN that are taken at a time: the intermediate of a slice stays in the last-level cache.
+FFN_ROWS = 1024
+
+
+class EagerExecutor:
+    """Binds the ops of one backend to one spec."""
+
+    def __init__(self, spec: EncoderSpec, backend: str) -> None:
+        self.spec, self.backend = spec, backend
+        self.embedding = registry.implementation("embedding", backend)
+        self.attention = registry.implementation("attention", backend)
+        self.layer_norm = registry.implementation("layer_norm", backend)
+        self.unpack = registry.implementation("unpack", backend)
+        self.pooling = registry.implementation("pooling", backend)
+
+    def all_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
+        """[T, H] for all packed tokens."""
+        x = self._embed(weights, request, batch)
+        for layer in weights.layers:
+            x = self._layer(layer, x, batch)
+        return x
+
+    def first_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
+        """[B, H]: one row a note; the last layer works on those rows alone."""
+        x = self._embed(weights, request, batch)
+        for layer in weights.layers[:-1]:
+            x = self._layer(layer, x, batch)
+        for layer in weights.layers[-1:]:
+            return self._first_rows(layer, x, batch)
+        return self.first_token(x, batch)
+
+    def first_token(self, x: Tensor, batch: PackedBatch) -> Tensor:
+        """[B, H]: each note's first row; zeros for a note without tokens."""
+        return self.pooling(x, batch.cu_seqlens, "first_token")
+
+    def _embed(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
+        return self.embedding(
+            request.input_ids, request.token_type_ids, batch.indices, weights.word, weights.position,
+            weights.token_type, *weights.embedding_norm, self.spec.eps, self.spec.position_offset, weights.dtype,
+        )  # fmt: skip
+
+    def _layer(self, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
+        shape = (x.shape[0], -1, self.spec.num_heads, self.spec.head_dim)
+        if layer.qkv is not None:
+            q, k, v = layer.qkv(x).view(shape).unbind(1)
+        else:
+            assert layer.query is not None and layer.key_value is not None
+            q, (k, v) = layer.query(x).view(shape)[:, 0], layer.key_value(x).view(shape).unbind(1)
+        context = self.attention(q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.seqused_k, self.spec.scale)
+        return self._after_attention(layer, context, x)
+
+    def _first_rows(self, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
+        assert layer.query is not None and layer.key_value is not None
+        spec = self.spec
+        k, v = layer.key_value(x).view(x.shape[0], 2, spec.num_heads, spec.head_dim).unbind(1)
+        first = self.first_token(x, batch)
+        q = layer.query(first).view(-1, spec.num_heads, spec.head_dim)
+        rows = one_row_a_note(batch.batch)
+        context = self.attention(q, k, v, rows, batch.cu_seqlens, batch.seqused_k, spec.scale)
+        return self._after_attention(layer, context, first)
+
+    def _after_attention(self, layer: PackedLayer, context: Tensor, x: Tensor) -> Tensor:
+        x = layer.attention_output(context.view(x.shape), residual=x)
+        return self._ffn(layer, self.layer_norm(x, None, *layer.attention_norm, self.spec.eps))
+
+    def _ffn(self, layer: PackedLayer, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if rows <= FFN_ROWS + FFN_ROWS // 2:
+            x = layer.ffn_out(layer.ffn_in(x, self.spec.activation), residual=x)
+            return self.layer_norm(x, None, *layer.output_norm, self.spec.eps)
+        out = x.new_empty(x.shape)
+        for start in range(0, rows, FFN_ROWS):
+            part = x[start : start + FFN_ROWS]
+            y = layer.ffn_out(layer.ffn_in(part, self.spec.activation), residual=part)
+            out[start : start + FFN_ROWS] = self.layer_norm(y, None, *layer.output_norm, self.spec.eps)
+        return out

@@ -1,0 +1,67 @@
+"""From the user's padded batch to packed tokens, with the checks that need the values."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clinfast.engine.spec import EncoderSpec, NotServed, Request
+from clinfast.ops import registry
+
+
+class PackedBatch(NamedTuple):
+    """Where each packed token came from.
+
+    `cu_seqlens` [B + 1] int32; `indices` [T] int32, flat positions in the [B, S] batch; `seqused_k` [B] int32 real
+    lengths, or None where every packed token is real.
+    """
+
+    cu_seqlens: Tensor
+    indices: Tensor
+    seqused_k: Tensor | None
+    tokens: int
+    max_seqlen: int
+    batch: int
+    seqlen: int
+
+
+def pack(
+    request: Request, spec: EncoderSpec, *, keep_padding: bool, first_token: bool, backend: str
+) -> PackedBatch:
+    """Pack the request's real tokens.
+
+    Raises:
+        IndexError: an id or a token type out of range (stock's class for it).
+        NotServed: a masked first column under a head that reads column 0.
+    """
+    input_ids, mask, token_type_ids = request
+    batch, seqlen = input_ids.shape
+    types = spec.type_vocab_size if token_type_ids is not None else 0
+    cu_seqlens, indices, seqused_k, facts = registry.implementation("pack", backend)(
+        input_ids, mask, token_type_ids, spec.vocab_size, types, keep_padding
+    )
+    tokens, max_seqlen, _, bad_id_at, bad_type_at, first_masked_note = facts.tolist()
+    if bad_id_at >= 0:
+        raise out_of_range("input_ids", input_ids, bad_id_at, spec.vocab_size, "vocabulary", "config.vocab_size")
+    if bad_type_at >= 0 and token_type_ids is not None:
+        raise out_of_range(
+            "token_type_ids", token_type_ids, bad_type_at, types, "token type table", "config.type_vocab_size"
+        )
+    if first_token and first_masked_note >= 0:
+        raise NotServed("column 0 is masked (left padding) under a first-token head")
+    kept = seqused_k if keep_padding and mask is not None else None
+    return PackedBatch(cu_seqlens, indices[:tokens], kept, tokens, max_seqlen, batch, seqlen)
+
+
+def out_of_range(name: str, values: Tensor, at: int, size: int, table: str, field: str) -> IndexError:
+    row, column = divmod(at, values.shape[1])
+    return IndexError(
+        f"{name}[{row}, {column}] is {int(values[row, column])}, which is out of range: the {table} has {size} "
+        f"entries, 0 to {size - 1} ({field}); is the tokenizer the model's own?"
+    )
+
+
+def one_row_a_note(batch: int) -> Tensor:
+    return torch.arange(batch + 1, dtype=torch.int32)

@@ -1,0 +1,162 @@
+"""Packed weights: a cache of the live ones, and the check that it is not stale."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clinfast.engine.spec import EncoderSpec, HeadSpec, ParameterRef
+from clinfast.ops.linear import PackedLinear, prepack
+
+SAMPLES_PER_TENSOR = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedLayer:
+    """`qkv` makes [T, 3H] at once; where only first tokens are asked for, `query` and `key_value` come apart."""
+
+    qkv: PackedLinear | None
+    query: PackedLinear | None
+    key_value: PackedLinear | None
+    attention_output: PackedLinear
+    attention_norm: tuple[Tensor, Tensor]
+    ffn_in: PackedLinear
+    ffn_out: PackedLinear
+    output_norm: tuple[Tensor, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedWeights:
+    """Everything that a forward needs, laid out for the ops. `nbytes` counts what was copied."""
+
+    word: Tensor
+    position: Tensor
+    token_type: Tensor | None
+    embedding_norm: tuple[Tensor, Tensor]
+    layers: tuple[PackedLayer, ...]
+    pooler: PackedLinear | None
+    classifier: PackedLinear | None
+    dtype: torch.dtype
+    nbytes: int
+
+    def linears(self) -> list[PackedLinear]:
+        found: list[PackedLinear | None] = [self.pooler, self.classifier]
+        for layer in self.layers:
+            found += [layer.qkv, layer.query, layer.key_value, layer.attention_output, layer.ffn_in, layer.ffn_out]
+        return [linear for linear in found if linear is not None]
+
+
+def pack_weights(
+    spec: EncoderSpec, head: HeadSpec, tensors: dict[str, Tensor], dtype: torch.dtype, backend: str
+) -> PackedWeights:
+    """Copy the linears into the layout of the backend, in `dtype`; embedding tables are used where they lie."""
+    copied: list[int] = []
+
+    def linear(*stems: str) -> PackedLinear:
+        weights = [tensors[f"{stem}.weight"] for stem in stems]
+        biases = [tensors[f"{stem}.bias"] for stem in stems]
+        weight = weights[0] if len(stems) == 1 else torch.cat([w.detach() for w in weights])
+        bias = biases[0] if len(stems) == 1 else torch.cat([b.detach() for b in biases])
+        packed = prepack(weight, bias, dtype, backend)
+        copied.append(packed.nbytes)
+        return packed
+
+    def norm(stem: str) -> tuple[Tensor, Tensor]:
+        pair = tuple(
+            tensors[f"{stem}.{name}"].detach().to(torch.float32, copy=True).contiguous()
+            for name in ("weight", "bias")
+        )
+        copied.append(sum(t.nbytes for t in pair))
+        return pair  # type: ignore[return-value]
+
+    def table(stem: str) -> Tensor:
+        source = tensors[f"{stem}.weight"].detach()
+        if source.dtype in (torch.float32, torch.bfloat16) and source.stride(-1) == 1:
+            return source
+        copy = source.to(torch.float32).contiguous()
+        copied.append(copy.nbytes)
+        return copy
+
+    layers = []
+    for i in range(spec.num_layers):
+        at = f"layers.{i}."
+        split = i == spec.num_layers - 1 and head.kind == "first_token"
+        q, k, v = (at + name for name in ("query", "key", "value"))
+        layers.append(
+            PackedLayer(
+                qkv=None if split else linear(q, k, v),
+                query=linear(q) if split else None,
+                key_value=linear(k, v) if split else None,
+                attention_output=linear(at + "attention_output"),
+                attention_norm=norm(at + "attention_norm"),
+                ffn_in=linear(at + "ffn_in"),
+                ffn_out=linear(at + "ffn_out"),
+                output_norm=norm(at + "output_norm"),
+            )
+        )
+    return PackedWeights(
+        word=table("embedding.word"),
+        position=table("embedding.position"),
+        token_type=table("embedding.token_type") if spec.type_vocab_size else None,
+        embedding_norm=norm("embedding.norm"),
+        layers=tuple(layers),
+        pooler=linear("pooler") if head.pooler else None,
+        classifier=linear("classifier") if head.classifier else None,
+        dtype=dtype,
+        nbytes=sum(copied),
+    )
+
+
+class Fingerprint:
+    """What the live weights were when they were packed.
+
+    Identity, pointer and version see most edits. Writes through `.data`, numpy, fused optimisers and
+    `merge_adapter` move none of them: a few sampled values of every tensor see the dense ones among those. The
+    tensors are held, since a freed pointer that is handed out again would hide a change.
+    """
+
+    __slots__ = ("held", "sample_views", "samples", "sources")
+
+    def __init__(self, refs: Sequence[ParameterRef]) -> None:
+        self.held = [ref.tensor() for ref in refs]
+        self.sources = [
+            (ref.module._parameters, ref.name, tensor, tensor.data_ptr(), _version(tensor))
+            for ref, tensor in zip(refs, self.held, strict=True)
+        ]
+        self.sample_views = [_sampled(t) for t in self.held if t.is_cpu and t.numel()]
+        self.samples = self._sample()
+
+    def changed(self) -> str | None:
+        """Why the packed weights are stale, or None."""
+        for parameters, name, held, pointer, version in self.sources:
+            tensor = parameters.get(name)
+            if tensor is not held:
+                return f"the parameter {name!r} was replaced"
+            if held.data_ptr() != pointer or _version(held) != version:
+                return f"the parameter {name!r} was written to"
+        if self.samples is not None:
+            samples = self._sample()
+            if samples is None or not torch.equal(samples.view(torch.uint8), self.samples.view(torch.uint8)):
+                return "weights changed without a version, as by a write through .data"
+        return None
+
+    def _sample(self) -> Tensor | None:
+        if not self.sample_views or len({view.dtype for view in self.sample_views}) > 1:
+            return None
+        return torch.cat(self.sample_views)
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # built under inference_mode: such tensors keep no version
+        return -1
+
+
+def _sampled(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach()[..., 0].reshape(-1)
+    step = max(1, flat.numel() // SAMPLES_PER_TENSOR)
+    return flat[step // 2 :: step][:SAMPLES_PER_TENSOR]

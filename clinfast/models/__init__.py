@@ -1,0 +1,42 @@
+"""What each Hugging Face architecture computes, read off its live modules.
+
+A family is one line in `FAMILIES` and one module with `CLASSES`: class name -> function(module) -> Match. Both are
+keyed by strings, so nothing of transformers is imported before a model of that family is seen.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from torch import nn
+
+from clinfast.engine.spec import Match
+from clinfast.models import checks
+
+FAMILIES = {
+    "transformers.models.bert.modeling_bert": "clinfast.models.bert",
+}
+
+
+def match(module: nn.Module) -> Match | None:
+    """What `module` computes, or None if its class is not one we know.
+
+    Only the class itself counts: a subclass, or a class of the same name from `trust_remote_code`, may compute
+    anything.
+
+    Raises:
+        Unsupported: the class is known, but something in this instance is not proved to compute the same; the
+            message names the submodule or field.
+    """
+    cls = type(module)
+    adapter = FAMILIES.get(cls.__module__)
+    if adapter is None or getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
+        return None
+    recognise = importlib.import_module(adapter).CLASSES.get(cls.__qualname__)
+    if recognise is None:
+        return None
+    checks.plain_submodules(module)
+    checks.plain_parameters(module)
+    found: Match = recognise(module)
+    return found

@@ -1,0 +1,102 @@
+"""`embedding`: the sum of word, token type and position rows, then LayerNorm, for packed tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clinfast.ops import registry
+
+
+def reference(
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    indices: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor | None,
+    weight: Tensor,
+    shift: Tensor,
+    eps: float,
+    position_offset: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    at = indices.long()
+    total = word[input_ids.reshape(-1)[at].long()]
+    if token_type is not None:
+        types = torch.zeros_like(at) if token_type_ids is None else token_type_ids.reshape(-1)[at].long()
+        total = total + token_type[types]
+    total = total + position[at % max(input_ids.shape[1], 1) + position_offset]
+    normalised = torch.nn.functional.layer_norm(
+        total, total.shape[-1:], weight.to(total.dtype), shift.to(total.dtype), eps
+    )
+    return normalised.to(dtype)
+
+
+def fake(
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    indices: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor | None,
+    weight: Tensor,
+    shift: Tensor,
+    eps: float,
+    position_offset: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return word.new_empty((indices.shape[0], word.shape[1]), dtype=dtype)
+
+
+_run = registry.define(
+    registry.Op(
+        "embedding",
+        "(Tensor input_ids, Tensor? token_type_ids, Tensor indices, Tensor word, Tensor position, "
+        "Tensor? token_type, Tensor weight, Tensor shift, float eps, int position_offset, ScalarType dtype) "
+        "-> Tensor",
+        reference,
+        fake,
+    )
+)
+
+
+def embedding(
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    indices: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor | None,
+    weight: Tensor,
+    shift: Tensor,
+    eps: float,
+    position_offset: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """LayerNorm((word[id] + token_type[type]) + position[column + position_offset]) * weight + shift.
+
+    The sum and the LayerNorm are fp32 whatever the tables' dtype.
+
+    Args:
+        input_ids: [B, S] int32 or int64, any strides.
+        token_type_ids: like `input_ids`; None means type 0 for every token.
+        indices: [T] int32, each token's row * S + column, as `pack` returns them.
+        word: [vocab_size, H], fp32 or bf16, last dimension contiguous, as the other tables.
+        position: [max_positions, H].
+        token_type: [type_vocab_size, H], or None where the family has no token types.
+        weight, shift: [H], fp32.
+        eps: added to the variance.
+        position_offset: added to the column.
+        dtype: of the result, fp32 or bf16.
+
+    Returns:
+        [T, H] in `dtype`.
+
+    Raises:
+        ValueError: a shape, dtype or stride that the kernels do not take.
+        IndexError: an index, id, type or position outside its table; nothing is read outside.
+    """
+    return torch.ops.clinfast.embedding(
+        input_ids, token_type_ids, indices, word, position, token_type, weight, shift, eps, position_offset, dtype
+    )

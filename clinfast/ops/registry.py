@@ -1,0 +1,105 @@
+"""Ops by name, and which backend serves each.
+
+An op has one schema (registered with `torch.library`), an fp32 reference, and one implementation a backend. Backends
+are tried in the order of `BACKENDS`; `CLINFAST_BACKEND_<OP>=<backend>` overrides the choice for one op, to bisect a
+problem in production.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "clinfast"
+STEMS = ("packing", "embedding", "linear", "attention", "layer_norm", "gelu", "pooling")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+BACKENDS = {"cpu": "clinfast.backends.cpu", "torch": "clinfast.backends.torch"}
+
+library = torch.library.Library(NAMESPACE, "DEF")
+calls: collections.Counter[str] = collections.Counter()
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One operation.
+
+    Args:
+        name: a stem, or a stem with a suffix where one file holds two ops.
+        schema: torch schema without the name, e.g. `"(Tensor x) -> Tensor"`.
+        reference: the plain PyTorch definition; computes in the dtype of its inputs, so it serves fp64 too.
+        fake: shape and dtype of the result for tracing.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+
+
+OPS: dict[str, Op] = {}
+
+
+def define(op: Op) -> Callable[..., Any]:
+    """Register `op` under `torch.ops.clinfast.<name>` and return the function that calls the chosen backend."""
+    if op.name in OPS:
+        raise ValueError(f"the op {op.name!r} is defined already")
+    OPS[op.name] = op
+    library.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return implementation(op.name, "auto")(*args, **kwargs)
+
+    for key in ("CPU", "CUDA"):
+        library.impl(op.name, run, key)
+    library.impl(op.name, functools.partial(_no_gradient, op.name), "Autograd")
+    torch.library.register_fake(f"{NAMESPACE}::{op.name}", op.fake, lib=library)
+    return run
+
+
+def _no_gradient(name: str, *args: Any, **kwargs: Any) -> Any:
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"clinfast::{name} has no gradient; call it under torch.no_grad() or on tensors that need no gradient"
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.clinfast, name)(*args, **kwargs)
+
+
+def order(backend: str) -> list[str]:
+    """Backends to try for the option `backend`, best first."""
+    if backend == "auto":
+        return list(BACKENDS)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose 'auto', " + ", ".join(map(repr, BACKENDS)))
+    return [backend]
+
+
+@functools.cache
+def implementation(name: str, backend: str) -> Callable[..., Any]:
+    """The function that serves op `name`: the first backend in `order(backend)` that offers it."""
+    chosen = os.environ.get(f"CLINFAST_BACKEND_{name.upper()}", backend)
+    for candidate in order(chosen):
+        module = importlib.import_module(BACKENDS[candidate])
+        found = module.implementations().get(name)
+        if found is not None:
+            return counted(f"{name}[{candidate}]", found)
+    raise RuntimeError(
+        f"no backend serves the op {name!r} with backend={chosen!r}; backend='torch' serves every op everywhere"
+    )
+
+
+def counted(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls[label] += 1
+        return function(*args, **kwargs)
+
+    return call

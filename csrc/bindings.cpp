@@ -1,0 +1,159 @@
+// clinfast._C: the compiled kernels behind plain integers (addresses, strides in elements, sizes). It links neither
+// torch nor an OpenMP runtime: the OpenMP symbols resolve to the runtime that torch has already loaded.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace clinfast;
+
+namespace {
+
+template <typename T> T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
+
+const KernelTable *current = nullptr;
+
+const KernelTable &kernels() {
+  if (!current) throw std::runtime_error("clinfast._C.select_isa was not called");
+  return *current;
+}
+
+std::string select_isa(const std::string &name) {
+  const char *error = nullptr;
+  const KernelTable *table = select_kernels(name.c_str(), &error);
+  if (!table) {
+    int count = 0;
+    const char *const *names = available_isas(&count);
+    std::string known;
+    for (int i = 0; i < count; i++) known += (i ? ", " : "") + std::string(names[i]);
+    throw std::invalid_argument("CLINFAST_CPU_ISA is '" + name + "': " + error + "; this processor runs " + known);
+  }
+  current = table;
+  return table->isa;
+}
+
+py::list isas() {
+  int count = 0;
+  const char *const *names = available_isas(&count);
+  py::list result;
+  for (int i = 0; i < count; i++) result.append(names[i]);
+  return result;
+}
+
+void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t q_token_stride, int64_t q_head_stride,
+               int64_t k_token_stride, int64_t k_head_stride, int64_t v_token_stride, int64_t v_head_stride,
+               int64_t out_token_stride, int64_t out_head_stride, uintptr_t cu_seqlens_q, uintptr_t cu_seqlens_k,
+               uintptr_t seqused_k, int64_t batch, int64_t num_heads, int64_t head_dim, float scale, int dtype,
+               int num_threads) {
+  const AttentionArgs args{pointer<void>(q),
+                           pointer<void>(k),
+                           pointer<void>(v),
+                           pointer<void>(out),
+                           q_token_stride,
+                           q_head_stride,
+                           k_token_stride,
+                           k_head_stride,
+                           v_token_stride,
+                           v_head_stride,
+                           out_token_stride,
+                           out_head_stride,
+                           pointer<int32_t>(cu_seqlens_q),
+                           pointer<int32_t>(cu_seqlens_k),
+                           pointer<int32_t>(seqused_k),
+                           batch,
+                           num_heads,
+                           head_dim,
+                           scale,
+                           DType(dtype),
+                           num_threads};
+  py::gil_scoped_release release;
+  kernels().attention(args);
+}
+
+void layer_norm(uintptr_t x, uintptr_t residual, uintptr_t bias, uintptr_t weight, uintptr_t shift, uintptr_t out,
+                int64_t x_stride, int64_t residual_stride, int64_t out_stride, int64_t rows, int64_t hidden,
+                float eps, int dtype, int num_threads) {
+  const LayerNormArgs args{pointer<void>(x), pointer<void>(residual), pointer<float>(bias), pointer<float>(weight),
+                           pointer<float>(shift), pointer<void>(out), x_stride, residual_stride, out_stride, rows,
+                           hidden, eps, DType(dtype), num_threads};
+  py::gil_scoped_release release;
+  kernels().layer_norm(args);
+}
+
+void embedding(uintptr_t input_ids, uintptr_t token_type_ids, int64_t ids_row_stride, int64_t ids_column_stride,
+               int64_t types_row_stride, int64_t types_column_stride, int ids_itemsize, int types_itemsize,
+               uintptr_t indices, int64_t seqlen, int64_t tokens, int64_t hidden, int64_t position_offset,
+               uintptr_t word, uintptr_t position, uintptr_t token_type, int64_t word_stride,
+               int64_t position_stride, int64_t token_type_stride, uintptr_t weight, uintptr_t shift, uintptr_t out,
+               int64_t out_stride, float eps, int table_dtype, int out_dtype, int num_threads) {
+  const EmbeddingArgs args{pointer<void>(input_ids), pointer<void>(token_type_ids), ids_row_stride,
+                           ids_column_stride, types_row_stride, types_column_stride, ids_itemsize, types_itemsize,
+                           pointer<int32_t>(indices), seqlen, tokens, hidden, position_offset, pointer<void>(word),
+                           pointer<void>(position), pointer<void>(token_type), word_stride, position_stride,
+                           token_type_stride, pointer<float>(weight), pointer<float>(shift), pointer<void>(out),
+                           out_stride, eps, DType(table_dtype), DType(out_dtype), num_threads};
+  py::gil_scoped_release release;
+  kernels().embedding(args);
+}
+
+void gelu(uintptr_t x, uintptr_t bias, uintptr_t out, int64_t x_stride, int64_t out_stride, int64_t rows,
+          int64_t hidden, int kind, int dtype, int num_threads) {
+  const GeluArgs args{pointer<void>(x), pointer<float>(bias), pointer<void>(out), x_stride, out_stride, rows, hidden,
+                      GeluKind(kind), DType(dtype), num_threads};
+  py::gil_scoped_release release;
+  kernels().gelu(args);
+}
+
+void pooling(uintptr_t x, uintptr_t out, uintptr_t cu_seqlens, int64_t x_stride, int64_t out_stride, int64_t batch,
+             int64_t hidden, int kind, int dtype, int num_threads) {
+  const PoolingArgs args{pointer<void>(x), pointer<void>(out), pointer<int32_t>(cu_seqlens), x_stride, out_stride,
+                         batch, hidden, PoolingKind(kind), DType(dtype), num_threads};
+  py::gil_scoped_release release;
+  kernels().pooling(args);
+}
+
+py::tuple pack(uintptr_t mask, uintptr_t input_ids, uintptr_t token_type_ids, int64_t mask_row_stride,
+               int64_t mask_column_stride, int64_t ids_row_stride, int64_t ids_column_stride,
+               int64_t types_row_stride, int64_t types_column_stride, int ids_itemsize, int types_itemsize,
+               int mask_itemsize, int64_t batch, int64_t seqlen, int64_t vocab_size, int64_t type_vocab_size,
+               bool keep_padding, uintptr_t cu_seqlens, uintptr_t indices, uintptr_t seqused_k) {
+  const PackArgs args{pointer<void>(mask), pointer<void>(input_ids), pointer<void>(token_type_ids), mask_row_stride,
+                      mask_column_stride, ids_row_stride, ids_column_stride, types_row_stride, types_column_stride,
+                      ids_itemsize, types_itemsize, MaskType(mask_itemsize), batch, seqlen, vocab_size,
+                      type_vocab_size, keep_padding, pointer<int32_t>(cu_seqlens), pointer<int32_t>(indices),
+                      pointer<int32_t>(seqused_k)};
+  PackResult r{};
+  {
+    py::gil_scoped_release release;
+    kernels().pack(args, r);
+  }
+  return py::make_tuple(r.tokens, r.max_seqlen, r.empty_notes, r.bad_id_at, r.bad_type_at, r.first_masked_note);
+}
+
+void unpack(uintptr_t packed, uintptr_t padded, uintptr_t indices, int64_t packed_stride, int64_t padded_stride,
+            int64_t tokens, int64_t positions, int64_t hidden, int packed_dtype, int padded_dtype, int num_threads) {
+  const UnpackArgs args{pointer<void>(packed), pointer<void>(padded), pointer<int32_t>(indices), packed_stride,
+                        padded_stride, tokens, positions, hidden, DType(packed_dtype), DType(padded_dtype),
+                        num_threads};
+  py::gil_scoped_release release;
+  kernels().unpack(args);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "Compiled clinfast kernels. Addresses are integers, strides count elements; nothing is checked here: call "
+            "them through clinfast.ops.";
+  m.def("select_isa", &select_isa, "Use the kernels of this instruction set; '' chooses the widest.");
+  m.def("available_isas", &isas);
+  m.def("attention", &attention);
+  m.def("layer_norm", &layer_norm);
+  m.def("embedding", &embedding);
+  m.def("gelu", &gelu);
+  m.def("pooling", &pooling);
+  m.def("pack", &pack);
+  m.def("unpack", &unpack);
+}

@@ -1,0 +1,228 @@
+// Attention over packed notes: exact softmax, one pass over blocks of keys with a running maximum (Milakov and
+// Gimelshein 2018; FlashAttention, Dao et al. 2022). A work item is a range of one note's queries at one head. Keys are
+// transposed block by block into scratch that stays in L2, six rows of scores live in L1, and the products run in
+// register tiles. Blocks start at the note's first key, so a row's arithmetic is a function of its own note alone.
+#include <cstdlib>
+
+#include "attention_pack.h"
+
+namespace clinfast {
+namespace CLINFAST_ISA {
+
+// Rows of one work item, which share the packing of keys and values: at 384 it is about 1% of the work.
+static constexpr int64_t kMaxRows = 384, kMinRows = 48;
+// Packing a key costs about as much as this many more rows.
+static constexpr int64_t kPackRows = 8;
+// Below this many multiply-adds (about 3 us), waking a team costs more than it gains.
+static constexpr int64_t kSerialWork = 1 << 17;
+// Up to this many rows, values are read in place where the tile can.
+static constexpr int64_t kDirectRows = 48;
+
+static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+struct Scratch {
+  float *keys, *values, *queries, *scores, *weights, *out, *maximum, *sum;
+  int64_t block_keys;
+};
+
+static Scratch thread_scratch(int64_t head_dim) {
+  static thread_local struct Arena {
+    char *base = nullptr;
+    size_t bytes = 0;
+    ~Arena() { free(base); }
+  } arena;
+  Scratch s;
+  const int64_t width = round_up(head_dim, Vec::N);
+  s.block_keys = head_dim <= kMaxHeadDim / 2 ? kBlockKeys : kBlockKeys / 2;
+  const struct {
+    float **part;
+    int64_t floats;
+  } parts[] = {{&s.keys, head_dim * s.block_keys}, {&s.values, width * s.block_keys},
+               {&s.queries, kRows * kPanelStride}, {&s.scores, kRows * kPanelStride},
+               {&s.weights, kRows * kPanelStride}, {&s.out, kMaxRows * width},
+               {&s.maximum, kMaxRows},             {&s.sum, kMaxRows}};
+  size_t bytes = 0;
+  for (const auto &p : parts) bytes += size_t(round_up(p.floats, 16)) * sizeof(float);
+  if (bytes > arena.bytes) {
+    free(arena.base);
+    arena.base = static_cast<char *>(aligned_alloc(64, bytes));
+    if (!arena.base) abort();
+    arena.bytes = bytes;
+  }
+  char *at = arena.base;
+  for (const auto &p : parts) {
+    *p.part = reinterpret_cast<float *>(at);
+    at += size_t(round_up(p.floats, 16)) * sizeof(float);
+  }
+  return s;
+}
+
+template <typename T> struct Item {
+  const T *q, *k, *v;
+  T *out;
+  int64_t rows, keys;
+};
+
+template <typename T, bool Pairs> struct Attention {
+  const AttentionArgs &a;
+  const Scratch s;
+  const int64_t head_dim, depth, width;
+  const float factor;
+
+  explicit Attention(const AttentionArgs &args)
+      : a(args), s(thread_scratch(args.head_dim)), head_dim(args.head_dim),
+        depth(Pairs ? (head_dim + 1) / 2 : head_dim), width(round_up(head_dim, Vec::N)),
+        factor(float(double(args.scale) * 1.44269504088896341)) {}
+
+  // Up to kRows rows from `row` on, against the keys [key, key + keys) of the item.
+  template <int M> void panel(const Item<T> &item, int64_t row, int64_t key, int64_t keys, bool values_in_place) {
+    const bool first = key == 0, last = key + keys == item.keys;
+    pack_queries<Pairs>(item.q + row * a.q_token_stride, a.q_token_stride, M, head_dim, s.queries);
+
+    Vec row_max[M];
+    for (int i = 0; i < M; i++) row_max[i] = Vec::set(-__builtin_inff());
+    for (int64_t j = 0; j < keys; j += kTileKeys) {
+      const int64_t tile_keys = keys - j < kTileKeys ? keys - j : kTileKeys;
+      float *tile = s.keys + j * depth;
+      if (row == 0)
+        pack_keys<Pairs>(item.k + (key + j) * a.k_token_stride, a.k_token_stride, tile_keys, head_dim, tile);
+      score_tile<Pairs, M>(s.queries, tile, depth, factor, tile_keys, s.scores + j, row_max);
+    }
+
+    float rescale[M];
+    float *weights = Pairs ? s.weights : s.scores;
+    for (int i = 0; i < M; i++) {
+      float before = first ? -__builtin_inff() : s.maximum[row + i];
+      float maximum = row_max[i].max();
+      if (before > maximum) maximum = before;
+      float sum = weigh_row<Pairs>(s.scores + i * kPanelStride, weights + i * kPanelStride, keys, maximum);
+      if (!first) {
+        Vec kept = exp2_nonpositive<Pairs>(Vec::set(before - maximum));
+        rescale[i] = kept.max();
+        sum = sum + s.sum[row + i] * rescale[i];
+      }
+      s.maximum[row + i] = maximum;
+      s.sum[row + i] = sum;
+    }
+
+    const T *v = item.v + key * a.v_token_stride;
+    if (row == 0 && !values_in_place) pack_values<Pairs>(v, a.v_token_stride, keys, head_dim, width, s.values);
+    const float *values = values_in_place ? reinterpret_cast<const float *>(v) : s.values;
+    const int64_t value_stride = values_in_place ? a.v_token_stride : width;
+    const int64_t steps = Pairs ? (keys + 1) / 2 : keys;
+    const int64_t vecs = width / Vec::N, chunks = (vecs + kTileVecs - 1) / kTileVecs;
+    for (int64_t chunk = 0, begin = 0; chunk < chunks; chunk++) {
+      const int64_t end = vecs * (chunk + 1) / chunks;
+      with_constant<kTileVecs>(end - begin, [&](auto n) {
+        multiply_tile<Pairs, M, decltype(n)::value>(
+            weights, values + begin * Vec::N, value_stride, steps, [&](int i, int j, Vec c) {
+              const int64_t column = (begin + j) * Vec::N;
+              float *partial = s.out + (row + i) * width + column;
+              if (!first) c = fma(Vec::load(partial), Vec::set(rescale[i]), c);
+              if (!last) return c.store(partial);
+              const int64_t rest = head_dim - column;
+              store(c / Vec::set(s.sum[row + i]), item.out + (row + i) * a.out_token_stride + column,
+                    rest < Vec::N ? int(rest) : Vec::N);
+            });
+      });
+      begin = end;
+    }
+  }
+
+  void run(const Item<T> &item) {
+    if (item.keys == 0) {
+      for (int64_t row = 0; row < item.rows; row++)
+        memset(item.out + row * a.out_token_stride, 0, size_t(head_dim) * sizeof(T));
+      return;
+    }
+    const bool values_in_place = sizeof(T) == 4 && width == head_dim && item.rows <= kDirectRows;
+    for (int64_t key = 0; key < item.keys; key += s.block_keys) {
+      const int64_t keys = item.keys - key < s.block_keys ? item.keys - key : s.block_keys;
+      for (int64_t row = 0; row < item.rows; row += kRows)
+        with_constant<kRows>(item.rows - row < kRows ? item.rows - row : kRows, [&](auto m) {
+          panel<decltype(m)::value>(item, row, key, keys, values_in_place);
+        });
+    }
+  }
+};
+
+// The work items in an order that every thread can walk by itself: costly ones first, then by note, rows and head.
+struct Schedule {
+  const AttentionArgs &a;
+  int64_t total = 0, share = 0;
+  int threads = 1;
+
+  int64_t rows(int64_t note) const { return a.cu_seqlens_q[note + 1] - a.cu_seqlens_q[note]; }
+  int64_t keys(int64_t note) const {
+    int64_t n = a.cu_seqlens_k[note + 1] - a.cu_seqlens_k[note];
+    if (a.seqused_k && a.seqused_k[note] < n) n = a.seqused_k[note] < 0 ? 0 : a.seqused_k[note];
+    return n;
+  }
+
+  explicit Schedule(const AttentionArgs &args) : a(args) {
+    for (int64_t note = 0; note < a.batch; note++)
+      if (rows(note)) total += (rows(note) + kPackRows) * keys(note);
+    if (total * a.num_heads * a.head_dim >= kSerialWork) threads = a.num_threads < 1 ? 1 : a.num_threads;
+    share = total * a.num_heads / (threads * 6) + 1;
+  }
+
+  int64_t rows_per_item(int64_t note) const {
+    const int64_t n = rows(note);
+    int64_t parts = (n + kMaxRows - 1) / kMaxRows;
+    if (threads > 1) {
+      const int64_t wanted = n * keys(note) / share + 1, most = n / kMinRows;
+      if (parts < wanted) parts = wanted < most ? wanted : (most > parts ? most : parts);
+    }
+    return round_up((n + parts - 1) / parts, kRows);
+  }
+};
+
+static int64_t take(int64_t &next) {
+  int64_t ticket;
+#pragma omp atomic capture
+  ticket = next++;
+  return ticket;
+}
+
+template <typename T, bool Pairs> static void work(const Schedule &plan, int64_t &next) {
+  const AttentionArgs &a = plan.a;
+  Attention<T, Pairs> attention(a);
+  int64_t ticket = take(next), begin = 0;
+  for (int pass = 0; pass < 2; pass++)
+    for (int64_t note = 0; note < a.batch; note++) {
+      const int64_t rows = plan.rows(note), keys = plan.keys(note);
+      if (rows == 0) continue;
+      const int64_t step = plan.rows_per_item(note);
+      if ((step * keys > plan.share / 4) != (pass == 0)) continue;
+      const int64_t end = begin + (rows + step - 1) / step * a.num_heads;
+      for (; ticket < end; ticket = take(next)) {
+        const int64_t head = (ticket - begin) % a.num_heads, row = (ticket - begin) / a.num_heads * step;
+        const int64_t q = a.cu_seqlens_q[note] + row, k = a.cu_seqlens_k[note];
+        attention.run({static_cast<const T *>(a.q) + q * a.q_token_stride + head * a.q_head_stride,
+                       static_cast<const T *>(a.k) + k * a.k_token_stride + head * a.k_head_stride,
+                       static_cast<const T *>(a.v) + k * a.v_token_stride + head * a.v_head_stride,
+                       static_cast<T *>(a.out) + q * a.out_token_stride + head * a.out_head_stride,
+                       rows - row < step ? rows - row : step, keys});
+      }
+      begin = end;
+    }
+}
+
+template <typename T, bool Pairs> static void attend(const AttentionArgs &a) {
+  const Schedule plan(a);
+  int64_t next = 0;
+#pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
+  work<T, Pairs>(plan, next);
+}
+
+void attention(const AttentionArgs &a) {
+  if (a.dtype == DType::f32) return attend<float, false>(a);
+#if defined(CLINFAST_AVX512_BF16)
+  attend<bf16_t, true>(a);
+#else
+  attend<bf16_t, false>(a);
+#endif
+}
+
+}  // namespace CLINFAST_ISA
+}  // namespace clinfast

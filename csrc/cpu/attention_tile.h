@@ -1,0 +1,134 @@
+// The register tiles of attention. Packed operands are arrays of 32-bit words held as floats: a word is one fp32 value
+// or, with Pairs, two bf16 neighbours along the depth of the product. A row's arithmetic never depends on the number
+// of rows that share its tile.
+#pragma once
+
+#include "vec.h"
+
+namespace clinfast {
+namespace CLINFAST_ISA {
+
+static constexpr int kRows = 6;
+#if defined(CLINFAST_AVX512) || defined(__aarch64__)
+static constexpr int kTileVecs = 4;  // 32 registers
+#else
+static constexpr int kTileVecs = 2;
+#endif
+static constexpr int kTileKeys = kTileVecs * Vec::N;
+static constexpr int kBlockKeys = 512;
+static constexpr int kMaxHeadDim = 256;
+// Row stride of the left operands and the scores. The odd cache line keeps rows out of each other's L1 sets.
+static constexpr int kPanelStride = kBlockKeys + 16;
+
+template <bool Pairs> static inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(CLINFAST_AVX512_BF16)
+  if (Pairs) return dot_pairs(a, b, c);
+#endif
+  return fma(a, b, c);
+}
+
+// finish(row, column, value) for each vector of a @ b: a is [M, depth] of stride kPanelStride, b [depth, NV vectors].
+template <bool Pairs, int M, int NV, typename F>
+static inline __attribute__((always_inline)) void multiply_tile(const float *a, const float *b, int64_t b_stride,
+                                                                int64_t depth, F &&finish) {
+  Vec c[M][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; j++) c[i][j] = Vec::zero();
+  for (int64_t d = 0; d < depth; d++, a++, b += b_stride) {
+    Vec right[NV];
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; j++) right[j] = Vec::load(b + j * Vec::N);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++) {
+      Vec left = Vec::set(a[i * kPanelStride]);
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; j++) c[i][j] = multiply_add<Pairs>(left, right[j], c[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; j++) finish(i, j, c[i][j]);
+}
+
+template <int N> struct Constant {
+  static constexpr int value = N;
+};
+
+// Calls f with n, which lies in 1..Max, as a constant.
+template <int Max, typename F> static inline void with_constant(int64_t n, F &&f) {
+  if constexpr (Max == 1) f(Constant<1>{});
+  else if (n == Max) f(Constant<Max>{});
+  else with_constant<Max - 1>(n, f);
+}
+
+static inline Vec keep_lanes(Vec x, int64_t n, float others) {
+  static const float iota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return select_less(Vec::load(iota), Vec::set(float(n)), x, Vec::set(others));
+}
+
+// scores[i, j] = factor * q[i] . k[j] for `keys` keys, -inf in the lanes beyond; row_max follows.
+template <bool Pairs, int M>
+static inline void score_tile(const float *q, const float *k, int64_t depth, float factor, int64_t keys, float *scores,
+                              Vec *row_max) {
+  with_constant<kTileVecs>((keys + Vec::N - 1) / Vec::N, [&](auto vecs) {
+    constexpr int NV = decltype(vecs)::value;
+    const int64_t filled = keys - (NV - 1) * Vec::N;
+    multiply_tile<Pairs, M, NV>(q, k, NV * Vec::N, depth, [&](int i, int j, Vec c) {
+      Vec s = c * Vec::set(factor);
+      if (j == NV - 1 && filled < Vec::N) s = keep_lanes(s, filled, -__builtin_inff());
+      s.store(scores + i * kPanelStride + j * Vec::N);
+      row_max[i] = max(row_max[i], s);
+    });
+  });
+}
+
+// 2^x for x <= 0, 0 below -150; a NaN stays a NaN. Degree 5 leaves 1.5e-7 at most, degree 3 1e-4, which is far below
+// the rounding to bf16 that follows it.
+template <bool Pairs> static inline Vec exp2_nonpositive(Vec x) {
+  x = max(Vec::set(-151.0f), x);
+  Vec n = round(x);
+  Vec r = x - n;
+  Vec p = Vec::set(1.3264652e-3f);
+  p = fma(p, r, Vec::set(9.6715113e-3f));
+  p = fma(p, r, Vec::set(5.5507340e-2f));
+  p = fma(p, r, Vec::set(2.4022242e-1f));
+  p = fma(p, r, Vec::set(6.9314698e-1f));
+  p = fma(p, r, Vec::set(1.0f));
+  return scale_by_power_of_two(p, n);
+}
+
+// Scores to weights 2^(score - maximum), in place or, with Pairs, rounded into `weights`; their sum.
+template <bool Pairs> static inline float weigh_row(const float *scores, float *weights, int64_t keys, float maximum) {
+  Vec top = Vec::set(maximum), sum0 = Vec::zero(), sum1 = Vec::zero();
+  int64_t i = 0;
+  for (; i < keys - Vec::N; i += 2 * Vec::N) {
+    Vec low = exp2_nonpositive<Pairs>(Vec::load(scores + i) - top);
+    Vec high = exp2_nonpositive<Pairs>(Vec::load(scores + i + Vec::N) - top);
+    sum0 = sum0 + low;
+    sum1 = sum1 + high;
+#if defined(CLINFAST_AVX512_BF16)
+    if (Pairs) {
+      to_pairs(low, high).store(weights + i / 2);
+      continue;
+    }
+#endif
+    low.store(weights + i);
+    high.store(weights + i + Vec::N);
+  }
+  if (i < keys) {
+    Vec low = exp2_nonpositive<Pairs>(Vec::load(scores + i) - top);
+    sum0 = sum0 + low;
+#if defined(CLINFAST_AVX512_BF16)
+    if (Pairs) to_pairs(low, Vec::zero()).store(weights + i / 2);
+    else
+#endif
+      low.store(weights + i);
+  }
+  return (sum0 + sum1).sum();
+}
+
+}  // namespace CLINFAST_ISA
+}  // namespace clinfast

@@ -1,0 +1,130 @@
+// The CPU kernels' contract: plain structs of pointers, strides (in elements) and sizes. No torch.
+#pragma once
+
+#include <cstdint>
+
+namespace clinfast {
+
+enum class DType : int32_t { f32 = 0, bf16 = 1 };
+enum class GeluKind : int32_t { erf = 0, tanh = 1 };
+enum class PoolingKind : int32_t { first_token = 0, mean = 1, max = 2 };
+enum class MaskType : int32_t { none = 0, bytes = 1, int32 = 4, int64 = 8 };
+
+// out[t, h] = softmax(scale * q[t, h] . k[s, h]) @ v[s, h] over the keys s of t's own note.
+// Last dimensions are contiguous. seqused_k may be null; it bounds the keys of note b to the first seqused_k[b].
+struct AttentionArgs {
+  const void *q, *k, *v;
+  void *out;
+  int64_t q_token_stride, q_head_stride;
+  int64_t k_token_stride, k_head_stride;
+  int64_t v_token_stride, v_head_stride;
+  int64_t out_token_stride, out_head_stride;
+  const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_k;
+  int64_t batch, num_heads, head_dim;
+  float scale;
+  DType dtype;
+  int32_t num_threads;
+};
+
+// out = LayerNorm(x + bias + residual) * weight + shift. bias and residual may be null.
+struct LayerNormArgs {
+  const void *x, *residual;
+  const float *bias, *weight, *shift;
+  void *out;
+  int64_t x_stride, residual_stride, out_stride;
+  int64_t rows, hidden;
+  float eps;
+  DType dtype;
+  int32_t num_threads;
+};
+
+// out[t] = LayerNorm(word[id] + token_type[type] + position[column + position_offset]) * weight + shift, where the
+// token is indices[t] of the flattened [batch, seqlen] ids. token_type_ids may be null (type 0), token_type as well.
+struct EmbeddingArgs {
+  const void *input_ids, *token_type_ids;
+  int64_t ids_row_stride, ids_column_stride, types_row_stride, types_column_stride;
+  int32_t ids_itemsize, types_itemsize;
+  const int32_t *indices;
+  int64_t seqlen, tokens, hidden, position_offset;
+  const void *word, *position, *token_type;
+  int64_t word_stride, position_stride, token_type_stride;
+  const float *weight, *shift;
+  void *out;
+  int64_t out_stride;
+  float eps;
+  DType table_dtype, out_dtype;
+  int32_t num_threads;
+};
+
+// out = gelu(x + bias); bias may be null.
+struct GeluArgs {
+  const void *x;
+  const float *bias;
+  void *out;
+  int64_t x_stride, out_stride;
+  int64_t rows, hidden;
+  GeluKind kind;
+  DType dtype;
+  int32_t num_threads;
+};
+
+// out[b] = the note's first row, mean or maximum over its rows; a note without rows gives zeros.
+struct PoolingArgs {
+  const void *x;
+  void *out;
+  const int32_t *cu_seqlens;
+  int64_t x_stride, out_stride;
+  int64_t batch, hidden;
+  PoolingKind kind;
+  DType dtype;
+  int32_t num_threads;
+};
+
+// From a padded batch to packed tokens. cu_seqlens has batch + 1 entries, indices room for batch * seqlen.
+// keep_padding orders each note's real tokens before its padded ones and keeps both: cu_seqlens then steps by seqlen
+// and seqused_k holds the real lengths. Out-of-range ids are sought over every position, padded ones too.
+struct PackArgs {
+  const void *mask, *input_ids, *token_type_ids;
+  int64_t mask_row_stride, mask_column_stride;
+  int64_t ids_row_stride, ids_column_stride, types_row_stride, types_column_stride;
+  int32_t ids_itemsize, types_itemsize;
+  MaskType mask_type;
+  int64_t batch, seqlen, vocab_size, type_vocab_size;
+  int32_t keep_padding;
+  int32_t *cu_seqlens, *indices, *seqused_k;
+};
+
+struct PackResult {
+  int64_t tokens, max_seqlen, empty_notes;
+  int64_t bad_id_at, bad_type_at;  // flat position of the first value out of range, -1 where there is none
+  int64_t first_masked_note;       // first note whose column 0 is masked, -1 where there is none
+};
+
+// padded[indices[t]] = packed[t]; every other row is zero.
+struct UnpackArgs {
+  const void *packed;
+  void *padded;
+  const int32_t *indices;
+  int64_t packed_stride, padded_stride;
+  int64_t tokens, positions, hidden;
+  DType packed_dtype, padded_dtype;
+  int32_t num_threads;
+};
+
+struct KernelTable {
+  const char *isa;
+  void (*attention)(const AttentionArgs &);
+  void (*layer_norm)(const LayerNormArgs &);
+  void (*embedding)(const EmbeddingArgs &);
+  void (*gelu)(const GeluArgs &);
+  void (*pooling)(const PoolingArgs &);
+  void (*pack)(const PackArgs &, PackResult &);
+  void (*unpack)(const UnpackArgs &);
+};
+
+// The best table that this processor runs, or the one CLINFAST_CPU_ISA names. Null with `error` set where the name
+// is unknown or the processor lacks it.
+const KernelTable *select_kernels(const char *name, const char **error);
+const char *const *available_isas(int *count);
+
+}  // namespace clinfast

@@ -1,0 +1,2 @@
+#include "vec.h"
+namespace clinfast { namespace CLINFAST_ISA { void pooling(const PoolingArgs &) {} } }
