@@ -1,7 +1,6 @@
-"""Which calls take the fast path. An allow-list: what is not known to compute the same runs the stock forward.
+"""Which calls take the fast path: an allow-list. What is not known to compute the same runs stock.
 
-Nothing here walks `modules()` per call. A `Snapshot` compares flat lists taken at bind, in a few passes that run in C;
-only a difference is looked into, and explained or accepted.
+Cheap yes-or-no checks come first; only a call that fails one is looked at closely, to say why in plain words.
 """
 
 from __future__ import annotations
@@ -15,14 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from clinfast.engine.spec import Match, Request
-from clinfast.reason import Reason
-from clinfast.snapshot import Snapshot, config_reason
+from clinfast.reason import ClinfastWarning, Reason, StrictError
+from clinfast.snapshot import Snapshot
+
+__all__ = ["ClinfastWarning", "Guard", "StrictError"]
+
+Inputs = tuple[Any, Any, Any]
 
 ID_DTYPES = (torch.int64, torch.int32)
 MASK_DTYPES = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-TENSORS = ("input_ids", "attention_mask", "token_type_ids")
 # Values that ask for what the fast path does anyway.
-HARMLESS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False, "use_cache": False}
+HARMLESS = {
+    "return_dict": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "use_cache": False,
+}
 
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _function_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
@@ -35,26 +42,24 @@ GRAD = Reason(
     "call it under torch.inference_mode() or torch.no_grad(), or pass inference_only=True to optimize()",
     dirties=True,
 )
-AUTOCAST = Reason("autocast is on", "leave autocast, and choose the precision in optimize() instead")
-TRACING = Reason("torch.jit is tracing the model", "traced and exported programs hold the stock model")
-EXPORTING = Reason("torch.export is tracing the model", "traced and exported programs hold the stock model")
-DISPATCH_MODE = Reason("a torch dispatch or function mode is active", "leave it to get the fast path")
+AUTOCAST = Reason("autocast is on", "leave autocast, and choose the precision in optimize()")
+TRACING = Reason(
+    "the model is being traced or exported", "the exported program holds the stock model", quiet=True
+)
+MODE = Reason("a torch dispatch or function mode is active", "leave it to get the fast path")
 FUNCTORCH = Reason("a torch.func transform is active", "call the model outside of it to get the fast path")
-CLASS_CHANGED = Reason("the model's class was changed after optimize()", "call clinfast.optimize(model) again")
-TWICE = Reason("an argument is given twice or there are too many", "pass the inputs by name")
-NO_IDS = Reason("no input_ids", "pass input_ids as a tensor")
-NOT_A_TENSOR = Reason("an input is not a plain torch.Tensor", "pass plain dense tensors")
+CLASS_CHANGED = Reason("the model's class or its forward was changed after optimize()", "optimize() it again")
+TWICE = Reason("an argument is given twice, or there are too many", "pass the inputs by name")
+UNKNOWN = Reason("an argument that the stock signature does not have", "leave it out")
 
-_ARGUMENTS = {
-    "labels": "labels are for training; leave them out for inference",
+_ADVICE = {
+    "labels": "leave labels out for inference",
     "inputs_embeds": "pass input_ids",
-    "position_ids": "leave it out: the default positions are served",
-    "output_attentions": "attention weights are never formed on the fast path",
-    "output_hidden_states": "only the last layer is kept on the fast path",
+    "position_ids": "leave it out where the positions are the default ones",
+    "output_attentions": "the fast path never forms attention weights",
+    "output_hidden_states": "the fast path keeps the last layer only",
     "return_dict": "use the fields of the returned output",
-    "past_key_values": "only encoders are served",
-    "encoder_hidden_states": "only encoders are served",
-    "head_mask": "heads cannot be masked on the fast path",
+    "head_mask": "the fast path cannot mask heads",
 }
 
 
@@ -62,15 +67,10 @@ class Guard:
     """Decides for one module; built when its forward is replaced.
 
     Args:
-        module: the unit; held by none of the guard's fields, so that it is freed when the user lets go of it.
+        module: the unit. No field holds it, so that it is freed when the user lets go of it.
         match: what it computes.
         inference_only: the caller's promise that no gradients are wanted.
     """
-
-    __slots__ = (
-        "__weakref__", "cls", "device", "inference_only", "max_columns", "names", "parameters", "snapshot", "stock",
-        "takes_any",
-    )  # fmt: skip
 
     def __init__(self, module: nn.Module, match: Match, *, inference_only: bool = False) -> None:
         self.cls = type(module)
@@ -79,30 +79,201 @@ class Guard:
         self.names = tuple(p.name for p in signature if p.kind is not p.VAR_KEYWORD)
         self.takes_any = len(self.names) < len(signature)
         self.inference_only = inference_only
-        self.max_columns = match.encoder.max_positions - match.encoder.position_offset
-        self.parameters = list({id(d): d for d in (ref.module._parameters for ref in match.parameters.values())}.values())
-        self.device = match.parameters["embedding.word.weight"]
+        self.columns = match.encoder.max_positions - match.encoder.position_offset
+        self.parameters = [ref.module._parameters for ref in match.parameters.values()]
+        self.word = match.parameters["embedding.word.weight"].module._parameters
         self.snapshot = Snapshot(module, match)
 
     def admit(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request | Reason:
         """The call as a request, or the reason why the stock forward has to run."""
         if self.learning(module):
             return TRAINING if module.training else GRAD
-        if os.environ.get("CLINFAST_DISABLE", "0") != "0":
+        if os.environ.get("CLINFAST_DISABLE", "0") not in ("0", ""):
             return SWITCHED_OFF
-        device = self.device.module._parameters["weight"].device  # type: ignore[union-attr]
-        return self._ambient(device) or self.snapshot.reason(module) or self._request(args, kwargs, device)
+        device = self.word["weight"].device  # type: ignore[union-attr]
+        if type(module) is not self.cls or self.cls.forward is not self.stock:
+            return CLASS_CHANGED
+        found = _ambient(device) or self.snapshot.reason(module)
+        if found is not None:
+            return found
+        inputs = self._inputs(args, kwargs)
+        if isinstance(inputs, Reason):
+            return inputs
+        return Request(*inputs) if self._fit(*inputs, device) else self._misfit(*inputs, device)
 
     def admit_compiling(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Request | Reason:
-        """`admit` for traced code: nothing that depends on values or pointers.
+    ) -> Request | None:
+        """`admit` in code that torch.compile traces: no values, no pointers, no words.
 
-        Hooks and swapped submodules are looked at when the call is traced, as `torch.compile` itself does.
+        Hooks, swapped submodules and frozen parameters are looked at while tracing and taken for granted
+        after, as `torch.compile` itself does with hooks.
         """
-        if torch.compiler.is_exporting():
-            return EXPORTING
+        if (
+            module.training
+            or torch.compiler.is_exporting()
+            or not _settled(self, module, torch.is_grad_enabled())
+        ):
+            return None
+        device = _device(self)
+        if torch.is_autocast_enabled(device.type):
+            return None
+        inputs = self._inputs(args, kwargs)
+        if isinstance(inputs, Reason) or not self._fit(*inputs, device):
+            return None
+        return Request(*inputs)
+
+    def learning(self, module: nn.Module) -> bool:
+        """Whether this call may be part of training, which changes weights without a trace."""
         if module.training:
-            return TRAINING
-        ...
-        raise NotImplementedError
+            return True
+        if self.inference_only or not torch.is_grad_enabled():
+            return False
+        return any(p is not None and p.requires_grad for d in self.parameters for p in d.values())
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs | Reason:
+        given = kwargs
+        if args:
+            names = self.names[: len(args)]
+            if len(names) < len(args) or any(name in kwargs for name in names):
+                return TWICE
+            given = {**dict(zip(names, args, strict=True)), **kwargs}
+        ids = mask = types = None
+        for name, value in given.items():
+            if name == "input_ids":
+                ids = value
+            elif name == "attention_mask":
+                mask = value
+            elif name == "token_type_ids" and name in self.names:
+                types = value
+            elif name not in self.names and not self.takes_any:
+                return UNKNOWN
+            elif value is not None and (name not in HARMLESS or value is not HARMLESS[name]):
+                return _ARGUMENTS.get(name, OTHER)
+        return ids, mask, types
+
+    def _fit(self, ids: Any, mask: Any, types: Any, device: torch.device) -> bool:
+        if type(ids) is not Tensor or ids.dtype not in ID_DTYPES or ids.dim() != 2 or ids.device != device:
+            return False
+        shape = ids.shape
+        if not 0 < shape[1] <= self.columns or not shape[0]:
+            return False
+        if mask is not None and not (
+            type(mask) is Tensor
+            and mask.dtype in MASK_DTYPES
+            and mask.layout is torch.strided
+            and mask.shape == shape
+            and mask.device == device
+        ):
+            return False
+        return types is None or (
+            type(types) is Tensor
+            and types.dtype in ID_DTYPES
+            and types.layout is torch.strided
+            and types.shape == shape
+            and types.device == device
+        )
+
+    def _misfit(self, ids: Any, mask: Any, types: Any, device: torch.device) -> Reason:
+        """Why `_fit` said no."""
+        found = _not_plain("input_ids", ids, ID_DTYPES, "int64 or int32", device)
+        if found is not None:
+            return found
+        shape = list(ids.shape)
+        if len(shape) != 2:
+            return _mistake("input_ids is not 2-D", f"input_ids has shape {shape}; [batch, tokens] is needed")
+        if not all(shape):
+            return _mistake("the batch is empty", f"input_ids has shape {shape}: there is nothing to compute")
+        if shape[1] > self.columns:
+            return _mistake(
+                "the input is longer than the model's positions",
+                f"input_ids has {shape[1]} columns, but the model has {self.columns} positions; truncate to "
+                f"{self.columns}, or split the text",
+            )
+        for name, value, dtypes, words in (
+            ("attention_mask", mask, MASK_DTYPES, "bool or an integer dtype, 1 at real tokens"),
+            ("token_type_ids", types, ID_DTYPES, "int64 or int32"),
+        ):
+            if value is None:
+                continue
+            found = _not_plain(name, value, dtypes, words, device)
+            if found is not None:
+                return found
+            if list(value.shape) != shape:
+                return _mistake(
+                    f"{name} does not have the shape of input_ids",
+                    f"{name} has shape {list(value.shape)}, but input_ids has shape {shape}",
+                )
+        return Reason("input_ids is not a dense tensor", "pass a dense tensor")
+
+
+def _ambient(device: torch.device) -> Reason | None:
+    """What the calling thread has switched on around the call."""
+    if torch.is_autocast_enabled(device.type):
+        return AUTOCAST
+    if torch.jit.is_tracing():
+        return TRACING
+    if _dispatch_modes() or (_function_modes() and _function_mode_matters()):
+        return MODE
+    if _functorch_level() is not None:
+        return FUNCTORCH
+    return None
+
+
+def _function_mode_matters() -> bool:
+    """`torch.set_default_device` and `with torch.device(...)` are modes that only fill in a device."""
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def _settled(guard: Guard, module: nn.Module, grad: bool) -> bool:
+    return guard.snapshot.reason(module) is None and not (grad and guard.learning(module))
+
+
+def _device(guard: Guard) -> torch.device:
+    return guard.word["weight"].device  # type: ignore[union-attr]
+
+
+# What torch.compiler.assume_constant_result does, without importing torch._dynamo for it.
+_settled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _not_plain(
+    name: str, value: Any, dtypes: tuple[torch.dtype, ...], words: str, device: torch.device
+) -> Reason | None:
+    if value is None:
+        return Reason(f"no {name}", f"pass {name} as a tensor")
+    if type(value) is not Tensor:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        return _mistake(f"{name} is not a plain tensor", f"{name} is a {kind}; a torch.Tensor is needed")
+    if value.dtype not in dtypes:
+        return _mistake(f"the dtype of {name}", f"{name} is {value.dtype}; {words} is served")
+    if value.layout is not torch.strided:
+        return _mistake(f"{name} is not a dense tensor", f"{name} has layout {value.layout}; dense is needed")
+    if value.device != device:
+        return _mistake(
+            f"{name} is not on the model's device",
+            f"{name} is on {value.device}, but the model is on {device}",
+        )
+    return None
+
+
+def _mistake(phrase: str, sentence: str) -> Reason:
+    return Reason(phrase, sentence, mistake=sentence)
+
+
+_ARGUMENTS = {name: Reason(f"the argument {name}", advice) for name, advice in _ADVICE.items()}
+_ARGUMENTS |= {
+    name: Reason(f"the argument {name}", "only encoders without a cache are served")
+    for name in (
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+        "past_key_values",
+        "use_cache",
+        "is_causal",
+    )
+}
+OTHER = Reason("an argument that the fast path does not serve", "leave it out")

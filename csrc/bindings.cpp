@@ -43,11 +43,30 @@ py::list isas() {
   return result;
 }
 
+void check_boundaries(const std::string &name, const int32_t *cu_seqlens, int64_t batch, int64_t tokens) {
+  if (cu_seqlens[0] != 0 || cu_seqlens[batch] != tokens)
+    throw py::value_error("attention: " + name + " goes from " + std::to_string(cu_seqlens[0]) + " to " +
+                          std::to_string(cu_seqlens[batch]) + "; it must go from 0 to the number of rows, " +
+                          std::to_string(tokens));
+  for (int64_t note = 0; note < batch; note++)
+    if (cu_seqlens[note + 1] < cu_seqlens[note])
+      throw py::value_error("attention: " + name + " decreases after entry " + std::to_string(note));
+}
+
+void check_used(const int32_t *seqused_k, const int32_t *cu_seqlens_k, int64_t batch) {
+  for (int64_t note = 0; seqused_k && note < batch; note++) {
+    int32_t keys = cu_seqlens_k[note + 1] - cu_seqlens_k[note];
+    if (seqused_k[note] < 0 || seqused_k[note] > keys)
+      throw py::value_error("attention: seqused_k[" + std::to_string(note) + "] is " + std::to_string(seqused_k[note]) +
+                            "; the note has " + std::to_string(keys) + " keys");
+  }
+}
+
 void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t q_token_stride, int64_t q_head_stride,
                int64_t k_token_stride, int64_t k_head_stride, int64_t v_token_stride, int64_t v_head_stride,
                int64_t out_token_stride, int64_t out_head_stride, uintptr_t cu_seqlens_q, uintptr_t cu_seqlens_k,
                uintptr_t seqused_k, int64_t batch, int64_t num_heads, int64_t head_dim, float scale, int dtype,
-               int num_threads) {
+               int num_threads, int64_t q_tokens, int64_t k_tokens) {
   const AttentionArgs args{pointer<void>(q),
                            pointer<void>(k),
                            pointer<void>(v),
@@ -69,6 +88,9 @@ void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t q_t
                            scale,
                            DType(dtype),
                            num_threads};
+  check_boundaries("cu_seqlens_q", args.cu_seqlens_q, batch, q_tokens);
+  check_boundaries("cu_seqlens_k", args.cu_seqlens_k, batch, k_tokens);
+  check_used(args.seqused_k, args.cu_seqlens_k, batch);
   py::gil_scoped_release release;
   kernels().attention(args);
 }
@@ -83,20 +105,22 @@ void layer_norm(uintptr_t x, uintptr_t residual, uintptr_t bias, uintptr_t weigh
   kernels().layer_norm(args);
 }
 
-void embedding(uintptr_t input_ids, uintptr_t token_type_ids, int64_t ids_row_stride, int64_t ids_column_stride,
-               int64_t types_row_stride, int64_t types_column_stride, int ids_itemsize, int types_itemsize,
-               uintptr_t indices, int64_t seqlen, int64_t tokens, int64_t hidden, int64_t position_offset,
-               uintptr_t word, uintptr_t position, uintptr_t token_type, int64_t word_stride,
-               int64_t position_stride, int64_t token_type_stride, uintptr_t weight, uintptr_t shift, uintptr_t out,
-               int64_t out_stride, float eps, int table_dtype, int out_dtype, int num_threads) {
+int64_t embedding(uintptr_t input_ids, uintptr_t token_type_ids, int64_t ids_row_stride, int64_t ids_column_stride,
+                  int64_t types_row_stride, int64_t types_column_stride, int ids_itemsize, int types_itemsize,
+                  uintptr_t indices, int64_t seqlen, int64_t tokens, int64_t hidden, int64_t position_offset,
+                  uintptr_t word, uintptr_t position, uintptr_t token_type, int64_t word_stride,
+                  int64_t position_stride, int64_t token_type_stride, uintptr_t weight, uintptr_t shift, uintptr_t out,
+                  int64_t out_stride, float eps, int table_dtype, int out_dtype, int num_threads, int64_t batch,
+                  int64_t vocab_size, int64_t max_positions, int64_t type_vocab_size) {
   const EmbeddingArgs args{pointer<void>(input_ids), pointer<void>(token_type_ids), ids_row_stride,
                            ids_column_stride, types_row_stride, types_column_stride, ids_itemsize, types_itemsize,
                            pointer<int32_t>(indices), seqlen, tokens, hidden, position_offset, pointer<void>(word),
                            pointer<void>(position), pointer<void>(token_type), word_stride, position_stride,
                            token_type_stride, pointer<float>(weight), pointer<float>(shift), pointer<void>(out),
-                           out_stride, eps, DType(table_dtype), DType(out_dtype), num_threads};
+                           out_stride, eps, DType(table_dtype), DType(out_dtype), num_threads, batch, vocab_size,
+                           max_positions, type_vocab_size};
   py::gil_scoped_release release;
-  kernels().embedding(args);
+  return kernels().embedding(args);
 }
 
 void gelu(uintptr_t x, uintptr_t bias, uintptr_t out, int64_t x_stride, int64_t out_stride, int64_t rows,
@@ -107,39 +131,41 @@ void gelu(uintptr_t x, uintptr_t bias, uintptr_t out, int64_t x_stride, int64_t 
   kernels().gelu(args);
 }
 
-void pooling(uintptr_t x, uintptr_t out, uintptr_t cu_seqlens, int64_t x_stride, int64_t out_stride, int64_t batch,
-             int64_t hidden, int kind, int dtype, int num_threads) {
+int64_t pooling(uintptr_t x, uintptr_t out, uintptr_t cu_seqlens, int64_t x_stride, int64_t out_stride, int64_t batch,
+                int64_t rows, int64_t hidden, int kind, int dtype, int num_threads) {
   const PoolingArgs args{pointer<void>(x), pointer<void>(out), pointer<int32_t>(cu_seqlens), x_stride, out_stride,
-                         batch, hidden, PoolingKind(kind), DType(dtype), num_threads};
+                         batch, rows, hidden, PoolingKind(kind), DType(dtype), num_threads};
   py::gil_scoped_release release;
-  kernels().pooling(args);
+  return kernels().pooling(args);
 }
 
-py::tuple pack(uintptr_t mask, uintptr_t input_ids, uintptr_t token_type_ids, int64_t mask_row_stride,
-               int64_t mask_column_stride, int64_t ids_row_stride, int64_t ids_column_stride,
-               int64_t types_row_stride, int64_t types_column_stride, int ids_itemsize, int types_itemsize,
-               int mask_itemsize, int64_t batch, int64_t seqlen, int64_t vocab_size, int64_t type_vocab_size,
-               bool keep_padding, uintptr_t cu_seqlens, uintptr_t indices, uintptr_t seqused_k) {
+void pack(uintptr_t mask, uintptr_t input_ids, uintptr_t token_type_ids, int64_t mask_row_stride,
+          int64_t mask_column_stride, int64_t ids_row_stride, int64_t ids_column_stride,
+          int64_t types_row_stride, int64_t types_column_stride, int ids_itemsize, int types_itemsize,
+          int mask_itemsize, int64_t batch, int64_t seqlen, int64_t vocab_size, int64_t type_vocab_size,
+          bool keep_padding, uintptr_t cu_seqlens, uintptr_t indices, uintptr_t seqused_k, uintptr_t facts) {
   const PackArgs args{pointer<void>(mask), pointer<void>(input_ids), pointer<void>(token_type_ids), mask_row_stride,
                       mask_column_stride, ids_row_stride, ids_column_stride, types_row_stride, types_column_stride,
                       ids_itemsize, types_itemsize, MaskType(mask_itemsize), batch, seqlen, vocab_size,
                       type_vocab_size, keep_padding, pointer<int32_t>(cu_seqlens), pointer<int32_t>(indices),
                       pointer<int32_t>(seqused_k)};
-  PackResult r{};
-  {
-    py::gil_scoped_release release;
-    kernels().pack(args, r);
-  }
-  return py::make_tuple(r.tokens, r.max_seqlen, r.empty_notes, r.bad_id_at, r.bad_type_at, r.first_masked_note);
+  static_assert(sizeof(PackResult) == 6 * sizeof(int64_t), "facts is an array of six int64");
+  py::gil_scoped_release release;
+  kernels().pack(args, *pointer<PackResult>(facts));
 }
 
-void unpack(uintptr_t packed, uintptr_t padded, uintptr_t indices, int64_t packed_stride, int64_t padded_stride,
-            int64_t tokens, int64_t positions, int64_t hidden, int packed_dtype, int padded_dtype, int num_threads) {
+int64_t unpack(uintptr_t packed, uintptr_t padded, uintptr_t indices, int64_t packed_stride, int64_t padded_stride,
+               int64_t tokens, int64_t positions, int64_t hidden, int packed_dtype, int padded_dtype,
+               int num_threads) {
   const UnpackArgs args{pointer<void>(packed), pointer<void>(padded), pointer<int32_t>(indices), packed_stride,
                         padded_stride, tokens, positions, hidden, DType(packed_dtype), DType(padded_dtype),
                         num_threads};
   py::gil_scoped_release release;
-  kernels().unpack(args);
+  return kernels().unpack(args);
+}
+
+bool unchanged(uintptr_t addresses, uintptr_t expected, int64_t count, int64_t width) {
+  return values_unchanged(pointer<int64_t>(addresses), pointer<void>(expected), count, width);
 }
 
 }  // namespace
@@ -156,4 +182,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("pooling", &pooling);
   m.def("pack", &pack);
   m.def("unpack", &unpack);
+  m.def("values_unchanged", &unchanged);
 }

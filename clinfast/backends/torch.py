@@ -40,5 +40,143 @@ class FallbackLinear:
         return linear(x, self.weight, self.bias, activation, residual)
 
 
+def embedding(
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    indices: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor | None,
+    weight: Tensor,
+    shift: Tensor,
+    eps: float,
+    position_offset: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    at = indices.long()
+    total = functional.embedding(input_ids.reshape(-1)[at].long(), word).float()
+    if token_type is not None:
+        types = torch.zeros_like(at) if token_type_ids is None else token_type_ids.reshape(-1)[at].long()
+        total += functional.embedding(types, token_type)
+    total += functional.embedding(at % max(input_ids.shape[1], 1) + position_offset, position)
+    return functional.layer_norm(total, total.shape[-1:], weight, shift, eps).to(dtype)
+
+
+def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"gelu: approximate is {approximate!r}; choose 'none' (erf) or 'tanh'")
+    total = x.float() if bias is None else x.float() + bias
+    return functional.gelu(total, approximate=approximate).to(x.dtype)
+
+
+def pack(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    vocab_size: int,
+    type_vocab_size: int,
+    keep_padding: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """No value is fetched to the host: on an accelerator the caller's one transfer of `facts` is the first."""
+    (batch, seqlen), device = input_ids.shape, input_ids.device
+    kept = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.ne(0)
+    seqused_k = kept.sum(1, dtype=torch.int32)
+    if keep_padding:
+        lengths = torch.full_like(seqused_k, seqlen)
+        rank = torch.where(kept, kept.cumsum(1) - 1, seqused_k[:, None] - 1 + (~kept).cumsum(1))
+        rank += torch.arange(batch, device=device)[:, None] * seqlen
+    else:
+        # Padded positions all land in one extra slot, which is then cut off.
+        lengths = seqused_k
+        rank = torch.where(kept.flatten(), kept.flatten().cumsum(0) - 1, batch * seqlen)
+    order = torch.arange(batch * seqlen, dtype=torch.int32, device=device)
+    indices = order.new_zeros(batch * seqlen + 1).scatter_(0, rank.flatten(), order)[:-1]
+    cu_seqlens = functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+    def first(found: Tensor) -> Tensor:
+        if found.numel() == 0:
+            return cu_seqlens.new_full((), -1)
+        return torch.where(found.any(), found.flatten().int().argmax(), -1)
+
+    def first_outside(ids: Tensor | None, size: int) -> Tensor:
+        return cu_seqlens.new_full((), -1) if ids is None else first((ids < 0) | (ids >= size))
+
+    facts = torch.stack(
+        [
+            value.long()
+            for value in (
+                cu_seqlens[-1],
+                lengths.amax() if batch else cu_seqlens[-1],
+                (seqused_k == 0).sum(),
+                first_outside(input_ids, vocab_size),
+                first_outside(token_type_ids, type_vocab_size),
+                first(~kept[:, :1]),
+            )
+        ]
+    )
+    return cu_seqlens, indices, seqused_k, facts
+
+
+def unpack(packed: Tensor, indices: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
+    out = packed.new_zeros((positions, packed.shape[1]), dtype=dtype)
+    return out.index_copy_(0, indices[: packed.shape[0]].long(), packed.to(dtype))
+
+
+def pooling(x: Tensor, cu_seqlens: Tensor, kind: str) -> Tensor:
+    if kind not in ("first_token", "mean", "max"):
+        raise ValueError(f"pooling: kind is {kind!r}; choose 'first_token', 'mean' or 'max'")
+    bounds = cu_seqlens.tolist()
+    out = x.new_zeros((len(bounds) - 1, x.shape[1]))
+    for note, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if begin < end:
+            rows = x[begin:end]
+            out[note] = rows[0] if kind == "first_token" else rows.mean(0) if kind == "mean" else rows.amax(0)
+    return out
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """One scaled_dot_product_attention for each run of neighbours with the same lengths."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    queries, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    batch = len(queries) - 1
+    used = [b - a for a, b in zip(keys, keys[1:], strict=False)] if seqused_k is None else seqused_k.tolist()
+    lengths = [(queries[b + 1] - queries[b], keys[b + 1] - keys[b], used[b]) for b in range(batch)]
+    begin = 0
+    while begin < batch:
+        end = begin + 1
+        while end < batch and lengths[end] == lengths[begin]:
+            end += 1
+        own, (_, key_length, key_count) = slice(queries[begin], queries[end]), lengths[begin]
+        if key_count == 0:
+            out[own] = 0
+        elif queries[end] > queries[begin]:
+            notes = (end - begin, -1)
+            q_run = q[own].unflatten(0, notes).transpose(1, 2)
+            of_run = slice(keys[begin], keys[begin] + (end - begin) * key_length)
+            k_run, v_run = (t[of_run].unflatten(0, notes)[:, :key_count].transpose(1, 2) for t in (k, v))
+            result = functional.scaled_dot_product_attention(q_run, k_run, v_run, scale=scale)
+            out[own] = result.transpose(1, 2).flatten(0, 1)
+        begin = end
+    return out
+
+
 def implementations() -> dict[str, Callable[..., Any]]:
-    return {"layer_norm": layer_norm, "linear": linear, "linear.prepack": FallbackLinear}
+    return {
+        "attention": attention,
+        "embedding": embedding,
+        "gelu": gelu,
+        "layer_norm": layer_norm,
+        "linear": linear,
+        "linear.prepack": FallbackLinear,
+        "pack": pack,
+        "pooling": pooling,
+        "unpack": unpack,
+    }

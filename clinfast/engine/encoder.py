@@ -94,7 +94,8 @@ class Encoder:
         packed = self._packed
         return "not packed since the last training or grad-mode call" if packed is None else packed[1].changed()
 
-    def _weights(self) -> PackedWeights:
+    def weights(self) -> PackedWeights:
+        """The packed weights, packed anew if any source changed."""
         packed = self._packed
         if packed is not None and packed[1].changed() is None:
             return packed[0]

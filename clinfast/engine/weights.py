@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from clinfast.engine.spec import EncoderSpec, HeadSpec, ParameterRef
+from clinfast.backends.cpu import sampling as samplers
 from clinfast.ops.linear import PackedLinear, prepack
 
 SAMPLES_PER_TENSOR = 4
@@ -118,45 +120,65 @@ class Fingerprint:
     tensors are held, since a freed pointer that is handed out again would hide a change.
     """
 
-    __slots__ = ("held", "sample_views", "samples", "sources")
+    __slots__ = ("dicts", "held", "names", "pointers", "samples", "versioned", "versions")
 
     def __init__(self, refs: Sequence[ParameterRef]) -> None:
+        self.dicts = [ref.module._parameters for ref in refs]
+        self.names = [ref.name for ref in refs]
         self.held = [ref.tensor() for ref in refs]
-        self.sources = [
-            (ref.module._parameters, ref.name, tensor, tensor.data_ptr(), _version(tensor))
-            for ref, tensor in zip(refs, self.held, strict=True)
-        ]
-        self.sample_views = [_sampled(t) for t in self.held if t.is_cpu and t.numel()]
-        self.samples = self._sample()
+        self.pointers = [tensor.data_ptr() for tensor in self.held]
+        # Tensors that were built under inference_mode keep no version.
+        self.versioned = [tensor for tensor in self.held if not tensor.is_inference()]
+        self.versions = [tensor._version for tensor in self.versioned]
+        self.samples = Samples([tensor for tensor in self.held if tensor.is_cpu and tensor.numel()])
 
     def changed(self) -> str | None:
-        """Why the packed weights are stale, or None."""
-        for parameters, name, held, pointer, version in self.sources:
-            tensor = parameters.get(name)
-            if tensor is not held:
-                return f"the parameter {name!r} was replaced"
-            if held.data_ptr() != pointer or _version(held) != version:
-                return f"the parameter {name!r} was written to"
-        if self.samples is not None:
-            samples = self._sample()
-            if samples is None or not torch.equal(samples.view(torch.uint8), self.samples.view(torch.uint8)):
-                return "weights changed without a version, as by a write through .data"
+        """Why the packed weights are stale, or None. Each line is one pass in C over all the weights."""
+        if not all(map(operator.is_, map(dict.get, self.dicts, self.names), self.held)):
+            return "a parameter was replaced"
+        if list(map(Tensor.data_ptr, self.held)) != self.pointers:
+            return "a parameter's memory was replaced, as by .to() or .data = ..."
+        if list(map(_version_of, self.versioned)) != self.versions:
+            return "a parameter was written to"
+        if not self.samples.unchanged():
+            return "weights changed without a version, as by a write through .data"
         return None
 
-    def _sample(self) -> Tensor | None:
-        if not self.sample_views or len({view.dtype for view in self.sample_views}) > 1:
-            return None
-        return torch.cat(self.sample_views)
 
+class Samples:
+    """A few values of each tensor, as bytes, and whether they still stand there."""
 
-def _version(tensor: Tensor) -> int:
-    try:
-        return tensor._version
-    except RuntimeError:  # built under inference_mode: such tensors keep no version
-        return -1
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._views = [_sampled(tensor) for tensor in tensors]
+        addresses = [
+            (view.data_ptr() + i * view.stride(0) * view.itemsize, view.itemsize)
+            for view in self._views
+            for i in range(len(view))
+        ]
+        # Read as bytes of one width, the smallest that a dtype here has.
+        self._width = min((width for _, width in addresses), default=0)
+        self._addresses = torch.tensor([address for address, _ in addresses], dtype=torch.int64)
+        self._expected = self._read()
+
+    def _read(self) -> Tensor:
+        if not self._views:
+            return torch.empty(0, dtype=torch.uint8)
+        parts = [view.contiguous().view(torch.uint8).view(len(view), -1)[:, : self._width] for view in self._views]
+        return torch.cat(parts).contiguous()
+
+    def unchanged(self) -> bool:
+        compare = samplers.values_unchanged
+        if compare is None:
+            return torch.equal(self._read(), self._expected)
+        return compare(
+            self._addresses.data_ptr(), self._expected.data_ptr(), len(self._addresses), self._width
+        )
 
 
 def _sampled(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach()[..., 0].reshape(-1)
+    flat = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach()[(0,) * (tensor.dim() - 1)]
     step = max(1, flat.numel() // SAMPLES_PER_TENSOR)
     return flat[step // 2 :: step][:SAMPLES_PER_TENSOR]
+
+
+_version_of = operator.attrgetter("_version")

@@ -1,7 +1,7 @@
 """What each Hugging Face architecture computes, read off its live modules.
 
-A family is one line in `FAMILIES` and one module with `CLASSES`: class name -> function(module) -> Match. Both are
-keyed by strings, so nothing of transformers is imported before a model of that family is seen.
+A family is one line in `FAMILIES` and one module with `CLASSES`: class name -> function(module) -> Match.
+Both are keyed by strings, so nothing of transformers is imported before a model of that family is seen.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FAMILIES = {
 def match(module: nn.Module) -> Match | None:
     """What `module` computes, or None if its class is not one we know.
 
-    Only the class itself counts: a subclass, or a class of the same name from `trust_remote_code`, may compute
+    Only the class itself counts: a subclass, or a class of that name from `trust_remote_code`, may compute
     anything.
 
     Raises:

@@ -1,7 +1,7 @@
 """BERT: `BertModel`, `BertForSequenceClassification`, `BertForTokenClassification`.
 
-Sizes, heads and epsilon are read from the modules, which is what runs: a config can disagree with them after head
-pruning, truncation or an edit. Module names are the same from transformers 4.25 to 5.23.
+Sizes, heads and epsilon are read from the modules, which is what runs: a config can disagree with them after
+head pruning, truncation or an edit. Module names are the same from transformers 4.25 to 5.23.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from clinfast.models import checks, heads
 HOME = "transformers.models.bert.modeling_bert"
 SELF_ATTENTION = ("BertSelfAttention", "BertSdpaSelfAttention")
 
-# Class or function that stands at `intermediate_act_fn` -> what it computes. transformers spells the tanh form in
-# several ways that differ by rounding only.
+# What stands at `intermediate_act_fn` -> what it computes. transformers spells the tanh form in several ways
+# that differ by rounding only.
 ACTIVATIONS: dict[str, Activation] = {
     "transformers.activations.NewGELUActivation": "gelu_tanh",
     "transformers.activations.GELUTanh": "gelu_tanh",
@@ -44,7 +44,9 @@ def activation(module: Any, path: str) -> Activation:
         return ACTIVATIONS[name]
     if callable(module) and not isinstance(module, nn.Module) and module.__hash__ and module in FUNCTIONS:
         return FUNCTIONS[module]
-    raise Unsupported(f"{path} is {name}; hidden_act 'gelu', 'gelu_new', 'gelu_pytorch_tanh' or 'relu' is served")
+    raise Unsupported(
+        f"{path} is {name}; hidden_act 'gelu', 'gelu_new', 'gelu_pytorch_tanh' or 'relu' is served"
+    )
 
 
 class _Reader:
@@ -98,7 +100,9 @@ class _Reader:
         tables = []
         for canonical, name in (("word", "word"), ("position", "position"), ("token_type", "token_type")):
             attribute = f"{name}_embeddings"
-            table = checks.embedding(getattr(embeddings, attribute), f"{path}.{attribute}", word.weight.shape[1])
+            table = checks.embedding(
+                getattr(embeddings, attribute), f"{path}.{attribute}", word.weight.shape[1]
+            )
             self.add(f"embedding.{canonical}", table, bias=False)
             tables.append(table.weight)
         norm = checks.layer_norm(embeddings.LayerNorm, f"{path}.LayerNorm", tables[0].shape[1])
@@ -107,7 +111,7 @@ class _Reader:
         return tables, norm.eps
 
     def _default_ids(self, embeddings: Any, path: str, max_positions: int) -> None:
-        """The buffers that stand in for absent `position_ids` and `token_type_ids` hold what they are made with."""
+        """The buffers used for absent `position_ids` and `token_type_ids` hold what they are made with."""
         for name, expected in (
             ("position_ids", torch.arange(max_positions)),
             ("token_type_ids", torch.zeros(max_positions, dtype=torch.long)),
@@ -130,7 +134,7 @@ class _Reader:
         for name in ("is_decoder", "add_cross_attention"):
             checks.field(layer, path, name, (False,))
             self._constant(layer, name)
-        attention = self._self_attention(getattr(layer.attention, "self"), f"{path}.attention.self", to, hidden)
+        attention = self._self_attention(layer.attention.self, f"{path}.attention.self", to, hidden)
 
         intermediate = layer.intermediate.dense
         checks.exact(intermediate, f"{path}.intermediate.dense", nn.Linear)
@@ -146,7 +150,8 @@ class _Reader:
             ("output_norm", layer.output, "output"),
         ):
             self._norm(
-                f"{to}.{canonical}", checks.layer_norm(owner.LayerNorm, f"{path}.{name}.LayerNorm", hidden, eps)
+                f"{to}.{canonical}",
+                checks.layer_norm(owner.LayerNorm, f"{path}.{name}.LayerNorm", hidden, eps),
             )
             checks.exact(owner.dropout, f"{path}.{name}.dropout", nn.Dropout)
         act = activation(layer.intermediate.intermediate_act_fn, f"{path}.intermediate.intermediate_act_fn")
@@ -162,13 +167,15 @@ class _Reader:
         num_heads, head_dim = attention.num_attention_heads, attention.attention_head_size
         if num_heads * head_dim != hidden:
             raise Unsupported(
-                f"{path} has {num_heads} heads of {head_dim}, which does not make hidden_size {hidden}: pruned heads "
-                "are not served"
+                f"{path} has {num_heads} heads of {head_dim}, which does not make hidden_size {hidden}; "
+                "pruned heads are not served"
             )
         for name in ("num_attention_heads", "attention_head_size", "scaling"):
             self._constant(attention, name)
         for name in ("query", "key", "value"):
-            self.add(f"{to}.{name}", checks.linear(getattr(attention, name), f"{path}.{name}", hidden, hidden))
+            self.add(
+                f"{to}.{name}", checks.linear(getattr(attention, name), f"{path}.{name}", hidden, hidden)
+            )
         checks.exact(attention.dropout, f"{path}.dropout", nn.Dropout)
         return {
             "num_heads": num_heads,

@@ -17,7 +17,7 @@ _UNDO = {
     "peft.": "merge the adapter first: model = model.merge_and_unload()",
     "torchao.": "optimize a copy that is not quantized",
     "torch.ao.": "optimize a copy that is not quantized",
-    "torch.nn.utils.parametrize": "make it permanent first: torch.nn.utils.parametrize.remove_parametrizations",
+    "torch.nn.utils.parametrize": "make it permanent: torch.nn.utils.parametrize.remove_parametrizations",
     "bitsandbytes.": "load the model without quantization",
 }
 
@@ -25,10 +25,14 @@ _UNDO = {
 def foreign_forward(module: nn.Module) -> Any:
     """The forward that an instance carries itself, or None.
 
-    transformers 4.5x leaves the module's own bound method there after `output_hidden_states=True`; that is none.
+    transformers 4.5x leaves the bound method there after `output_hidden_states=True`; that counts as none.
     """
     forward = module.__dict__.get("forward")
-    if isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward:
+    if (
+        isinstance(forward, MethodType)
+        and forward.__self__ is module
+        and forward.__func__ is type(module).forward
+    ):
         return None
     return forward
 
@@ -43,7 +47,7 @@ def describe_forward(module: nn.Module) -> str:
 
 
 def plain_submodules(root: nn.Module) -> None:
-    """Every submodule runs the forward of its class; what sits on `root` itself is not this check's business."""
+    """Every submodule runs the forward of its class; what sits on `root` itself is the caller's business."""
     for path, module in root.named_modules():
         if module is root:
             continue
@@ -56,7 +60,7 @@ def plain_submodules(root: nn.Module) -> None:
 
 
 def plain_parameters(root: nn.Module) -> None:
-    """Every parameter is exactly `nn.Parameter`, floating, strided, with data, all on one device in one dtype."""
+    """Every parameter is exactly `nn.Parameter`, floating, dense, with data; all share device and dtype."""
     first: tuple[str, Tensor] | None = None
     for path, parameter in root.named_parameters():
         if type(parameter) is not nn.Parameter:
@@ -64,19 +68,25 @@ def plain_parameters(root: nn.Module) -> None:
         if parameter.is_meta:
             raise Unsupported(f"{path} is on the meta device: the model is offloaded or was never loaded")
         if parameter.layout is not torch.strided or not parameter.is_floating_point():
-            raise Unsupported(f"{path} is {parameter.layout} {parameter.dtype}; a dense floating tensor is needed")
+            raise Unsupported(
+                f"{path} is {parameter.layout} {parameter.dtype}; a dense floating tensor is needed"
+            )
         if first is None:
             first = path, parameter
         for field in ("device", "dtype"):
             here, there = getattr(parameter, field), getattr(first[1], field)
             if here != there:
-                raise Unsupported(f"{path} has {field} {here} but {first[0]} has {there}; move them to one {field}")
+                raise Unsupported(
+                    f"{path} has {field} {here} but {first[0]} has {there}; move them to one {field}"
+                )
 
 
 def exact(module: Any, path: str, cls: type[M]) -> M:
     """`module`, which must be of class `cls` and not of a subclass."""
     if type(module) is not cls:
-        raise Unsupported(f"{path} is {_name(module)}, not {cls.__module__}.{cls.__qualname__}{_advice(module)}")
+        raise Unsupported(
+            f"{path} is {_name(module)}, not {cls.__module__}.{cls.__qualname__}{_advice(module)}"
+        )
     return module  # type: ignore[no-any-return]
 
 
@@ -93,7 +103,8 @@ def parameter(module: nn.Module, path: str, name: str, shape: tuple[int, ...]) -
     tensor = module._parameters.get(name)
     if tensor is None:
         raise Unsupported(
-            f"{path}.{name} is not a parameter of its module (pruned? torch.nn.utils.prune.remove makes that permanent)"
+            f"{path}.{name} is not a parameter of its module; if it is pruned, "
+            "torch.nn.utils.prune.remove makes that permanent"
         )
     if tuple(tensor.shape) != shape:
         raise Unsupported(f"{path}.{name} has shape {list(tensor.shape)}; {list(shape)} is expected")
@@ -111,7 +122,9 @@ def layer_norm(module: Any, path: str, size: int, eps: float | None = None) -> n
     parameter(module, path, "weight", (size,))
     parameter(module, path, "bias", (size,))
     if eps is not None and module.eps != eps:
-        raise Unsupported(f"{path}.eps is {module.eps}; {eps} is expected, as in the encoder's other LayerNorms")
+        raise Unsupported(
+            f"{path}.eps is {module.eps}; {eps} is expected, as in the encoder's other LayerNorms"
+        )
     return module  # type: ignore[no-any-return]
 
 
@@ -121,7 +134,9 @@ def embedding(module: Any, path: str, size: int) -> nn.Embedding:
         raise Unsupported(f"{path}.weight is not a parameter of its module")
     parameter(module, path, "weight", (module._parameters["weight"].shape[0], size))
     if module.max_norm is not None:
-        raise Unsupported(f"{path}.max_norm is {module.max_norm}; None is needed, since it rewrites the weights")
+        raise Unsupported(
+            f"{path}.max_norm is {module.max_norm}; None is needed, since it rewrites the weights"
+        )
     return module  # type: ignore[no-any-return]
 
 

@@ -1,4 +1,4 @@
-"""What follows an encoder in transformers: the `HeadSpec`, and the stock output class made from an `EncoderOutput`.
+"""What follows an encoder in transformers: its `HeadSpec`, and the stock output made from an `EncoderOutput`.
 
 The makers import transformers when called: a model of theirs exists by then.
 """

@@ -40,6 +40,7 @@ struct LayerNormArgs {
 
 // out[t] = LayerNorm(word[id] + token_type[type] + position[column + position_offset]) * weight + shift, where the
 // token is indices[t] of the flattened [batch, seqlen] ids. token_type_ids may be null (type 0), token_type as well.
+// Returns the first t whose index, id, type or position lies outside, or -1; those rows are left as they were.
 struct EmbeddingArgs {
   const void *input_ids, *token_type_ids;
   int64_t ids_row_stride, ids_column_stride, types_row_stride, types_column_stride;
@@ -54,6 +55,7 @@ struct EmbeddingArgs {
   float eps;
   DType table_dtype, out_dtype;
   int32_t num_threads;
+  int64_t batch, vocab_size, max_positions, type_vocab_size;
 };
 
 // out = gelu(x + bias); bias may be null.
@@ -68,13 +70,14 @@ struct GeluArgs {
   int32_t num_threads;
 };
 
-// out[b] = the note's first row, mean or maximum over its rows; a note without rows gives zeros.
+// out[b] = the note's first row, mean or maximum over its rows; a note without rows gives zeros. Returns the first note
+// whose rows are not within 0..rows, before anything is read, or -1.
 struct PoolingArgs {
   const void *x;
   void *out;
   const int32_t *cu_seqlens;
   int64_t x_stride, out_stride;
-  int64_t batch, hidden;
+  int64_t batch, rows, hidden;
   PoolingKind kind;
   DType dtype;
   int32_t num_threads;
@@ -100,7 +103,8 @@ struct PackResult {
   int64_t first_masked_note;       // first note whose column 0 is masked, -1 where there is none
 };
 
-// padded[indices[t]] = packed[t]; every other row is zero.
+// padded[indices[t]] = packed[t]; every other row is zero. Returns the first t whose index is not a position, before
+// anything is written, or -1.
 struct UnpackArgs {
   const void *packed;
   void *padded;
@@ -115,12 +119,15 @@ struct KernelTable {
   const char *isa;
   void (*attention)(const AttentionArgs &);
   void (*layer_norm)(const LayerNormArgs &);
-  void (*embedding)(const EmbeddingArgs &);
+  int64_t (*embedding)(const EmbeddingArgs &);
   void (*gelu)(const GeluArgs &);
-  void (*pooling)(const PoolingArgs &);
+  int64_t (*pooling)(const PoolingArgs &);
   void (*pack)(const PackArgs &, PackResult &);
-  void (*unpack)(const UnpackArgs &);
+  int64_t (*unpack)(const UnpackArgs &);
 };
+
+// Whether the `width` bytes at each address equal the `count * width` bytes at `expected`.
+bool values_unchanged(const int64_t *addresses, const void *expected, int64_t count, int64_t width);
 
 // The best table that this processor runs, or the one CLINFAST_CPU_ISA names. Null with `error` set where the name
 // is unknown or the processor lacks it.

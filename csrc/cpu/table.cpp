@@ -8,11 +8,11 @@ namespace CLINFAST_ISA {
 
 void attention(const AttentionArgs &);
 void layer_norm(const LayerNormArgs &);
-void embedding(const EmbeddingArgs &);
+int64_t embedding(const EmbeddingArgs &);
 void gelu(const GeluArgs &);
-void pooling(const PoolingArgs &);
+int64_t pooling(const PoolingArgs &);
 void pack(const PackArgs &, PackResult &);
-void unpack(const UnpackArgs &);
+int64_t unpack(const UnpackArgs &);
 
 extern const KernelTable table = {
     CLINFAST_STRING(CLINFAST_ISA), attention, layer_norm, embedding, gelu, pooling, pack, unpack,

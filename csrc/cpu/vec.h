@@ -59,6 +59,10 @@ struct Vec {
   static Vec widen(__m256i x) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
   }
+#if defined(CLINFAST_AVX512_BF16)
+  // Rounds alike, except that an fp32 subnormal becomes zero.
+  __m256i narrow() const { return (__m256i)_mm512_cvtneps_pbh(v); }
+#else
   __m256i narrow() const {
     __m512i bits = _mm512_castps_si512(v);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -67,6 +71,7 @@ struct Vec {
     rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
   }
+#endif
   float sum() const { return _mm512_reduce_add_ps(v); }
   float max() const { return _mm512_reduce_max_ps(v); }
 };
@@ -76,6 +81,9 @@ static inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 static inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 static inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 static inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+static inline Vec max_or_nan(Vec a, Vec b) {
+  return {_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
+}
 static inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 static inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 static inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
@@ -179,6 +187,9 @@ static inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 static inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 static inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 static inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+static inline Vec max_or_nan(Vec a, Vec b) {
+  return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+}
 static inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 static inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 static inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
@@ -255,6 +266,7 @@ static inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 static inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 static inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 static inline Vec max(Vec a, Vec b) { return blend((i32x4)(a.v > b.v), a, b); }
+static inline Vec max_or_nan(Vec a, Vec b) { return blend((i32x4)(a.v != a.v), a, max(a, b)); }
 static inline Vec min(Vec a, Vec b) { return blend((i32x4)(a.v < b.v), a, b); }
 static inline Vec abs(Vec a) { return {(f32x4)((i32x4)a.v & 0x7fffffff)}; }
 static inline Vec copy_sign(Vec magnitude, Vec sign) {
@@ -289,21 +301,25 @@ template <int S> static inline void swap_blocks(Vec &a, Vec &b) {
 
 #endif
 
-// exp(x), at most 1 ulp or so: range reduction by ln 2 in two parts, then a minimax polynomial of degree 6 on
-// [-ln2/2, ln2/2]. Inputs are clamped to [-104, 88.7]; below, the result is 0.
-static inline Vec exp(Vec x) {
-  x = min(max(x, Vec::set(-104.0f)), Vec::set(88.72f));
-  Vec n = round(x * Vec::set(1.44269504088896341f));
-  Vec r = fma(n, Vec::set(-0.693145751953125f), x);
-  r = fma(n, Vec::set(-1.42860682030941723e-6f), r);
+// exp(r) on [-ln2/2, ln2/2]: a minimax polynomial of degree 6.
+static inline Vec exp_polynomial(Vec r) {
   Vec p = Vec::set(1.3981999e-3f);
   p = fma(p, r, Vec::set(8.3334519e-3f));
   p = fma(p, r, Vec::set(4.1665795e-2f));
   p = fma(p, r, Vec::set(1.6666665e-1f));
   p = fma(p, r, Vec::set(0.5f));
   p = fma(p, r, Vec::set(1.0f));
-  p = fma(p, r, Vec::set(1.0f));
-  return scale_by_power_of_two(p, n);
+  return fma(p, r, Vec::set(1.0f));
+}
+
+// exp(x), at most 1 ulp or so: range reduction by ln 2 in two parts, then a polynomial. Inputs are clamped
+// to [-104, 88.7]; below, the result is 0.
+static inline Vec exp(Vec x) {
+  x = min(max(x, Vec::set(-104.0f)), Vec::set(88.72f));
+  Vec n = round(x * Vec::set(1.44269504088896341f));
+  Vec r = fma(n, Vec::set(-0.693145751953125f), x);
+  r = fma(n, Vec::set(-1.42860682030941723e-6f), r);
+  return scale_by_power_of_two(exp_polynomial(r), n);
 }
 
 // Rows of `T` as vectors: full ones, then one shorter tail.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -46,6 +47,16 @@ def offset_view(x: Tensor, padding: int = 3) -> Tensor:
     view = big[1:-1, ..., padding:-padding]
     view.copy_(x)
     return view
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

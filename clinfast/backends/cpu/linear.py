@@ -32,6 +32,8 @@ class OneDnnLinear:
         self.out_features, self.in_features = plain.shape
 
     def __call__(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+        if activation not in POST_OPS:
+            raise ValueError(f"linear: activation={activation!r} is unknown; choose one of {', '.join(POST_OPS)}")
         if x.shape[0] == 1:
             # A lone row takes a kernel of its own that sums in another order from 1,536 inputs on.
             twice = None if residual is None else residual.expand(2, -1).contiguous()

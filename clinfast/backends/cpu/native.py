@@ -72,3 +72,12 @@ def check_vector(op: str, name: str, tensor: Tensor, size: int, dtype: torch.dty
             f"{op}: {name} is {list(tensor.shape)} {tensor.dtype} on {tensor.device}; it must be a contiguous "
             f"[{size}] {str(dtype).removeprefix('torch.')} CPU tensor"
         )
+
+
+def check_boundaries(op: str, name: str, cu_seqlens: Tensor) -> int:
+    """The number of notes of a [B + 1] int32 vector of boundaries; the kernels look at the values."""
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{op}: {name} has shape {list(cu_seqlens.shape)}; it must be [B + 1]")
+    entries = cu_seqlens.shape[0]
+    check_vector(op, name, cu_seqlens, entries, torch.int32)
+    return entries - 1

@@ -1,0 +1,1 @@
+"""Benchmarks of clinfast: models against their peers (`harness`, `models`) and single ops (`ops`)."""

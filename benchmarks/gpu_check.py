@@ -1,0 +1,180 @@
+"""`make gpu-check`: build for the card at hand, test, benchmark; JSON out.
+
+Uses the Python packages that are installed and no network. Runs in stages, each under nine minutes; what a stage
+found is kept in `benchmarks/results/gpu/<card>/<commit>.json`, and a second run goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGE_SECONDS = 540
+PACKAGES = ("torch", "triton", "transformers", "pytest", "pytest-benchmark", "pybind11")
+
+
+def command(*words: str, timeout: float = STAGE_SECONDS) -> dict[str, Any]:
+    """Run one command from the project's root; its exit status, seconds and last lines."""
+    start = time.monotonic()
+    try:
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+        status, text = done.returncode, done.stdout + done.stderr
+    except subprocess.TimeoutExpired as error:
+        status, text = (
+            124,
+            str(error.stdout or b"", "utf-8", "replace") if isinstance(error.stdout, bytes) else "",
+        )
+    seconds = time.monotonic() - start
+    return {"command": " ".join(words), "status": status, "seconds": round(seconds, 1), "tail": text[-4000:]}
+
+
+def git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def environment() -> dict[str, Any]:
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "status": 0,
+        "card": properties.name,
+        "capability": list(torch.cuda.get_device_capability(0)),
+        "memory_bytes": properties.total_memory,
+        "driver_clock_power": driver.stdout.strip(),
+        "cuda": torch.version.cuda,
+        "python": sys.version.split()[0],
+        "versions": {name: version(name) for name in PACKAGES},
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def build() -> dict[str, Any]:
+    import pybind11
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(0)
+    architecture = f"{major}{minor}" + ("a" if major >= 9 else "")
+    folder = ROOT / "build" / f"sm_{architecture}"
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    configured = command(
+        "cmake", "-S", str(ROOT), "-B", str(folder), *generator, "-DCMAKE_BUILD_TYPE=Release",
+        f"-DCMAKE_CUDA_ARCHITECTURES={architecture}-real", f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'clinfast'}",
+    )  # fmt: skip
+    if configured["status"]:
+        return configured
+    return command("cmake", "--build", str(folder), "--target", "_C", "--parallel", str(os.cpu_count() or 1))
+
+
+def tests() -> dict[str, Any]:
+    result = command(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests")
+    return no_tests_is_fine(result)
+
+
+def benchmarks() -> dict[str, Any]:
+    if not (ROOT / "benchmarks" / "gpu").is_dir():
+        return {"status": 0, "note": "there are no GPU benchmarks yet"}
+    out = ROOT / "benchmarks" / "results" / "gpu" / "pytest-benchmark.json"
+    return no_tests_is_fine(
+        command(
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "benchmarks/gpu",
+            "-o",
+            "python_files=bench_*.py",
+            "-o",
+            "python_functions=bench_*",
+            f"--benchmark-json={out}",
+        )  # fmt: skip
+    )
+
+
+def no_tests_is_fine(result: dict[str, Any]) -> dict[str, Any]:
+    if result["status"] == 5:
+        result.update(status=0, note="pytest found none")
+    return result
+
+
+STAGES: dict[str, Callable[[], dict[str, Any]]] = {
+    "environment": environment,
+    "build": build,
+    "tests": tests,
+    "benchmarks": benchmarks,
+}
+
+
+def gpu_reason() -> str | None:
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed"
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU here"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make gpu-check", description=__doc__)
+    parser.add_argument(
+        "--restart", action="store_true", help="forget what earlier runs of this commit found"
+    )
+    parser.add_argument(
+        "--stages", default=",".join(STAGES), help="comma-separated, of: " + ", ".join(STAGES)
+    )
+    options = parser.parse_args()
+    unknown = set(options.stages.split(",")) - set(STAGES)
+    if unknown:
+        parser.error(f"--stages names {', '.join(sorted(unknown))}; the stages are {', '.join(STAGES)}")
+    reason = gpu_reason()
+    if reason is not None:
+        print(f"gpu-check: nothing to do: {reason}.")
+        return 0
+    facts = environment()
+    card = facts["card"].replace(" ", "-").lower()
+    path = ROOT / "benchmarks" / "results" / "gpu" / card / f"{facts['commit'][:12]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {} if options.restart or not path.exists() else json.loads(path.read_text())
+    for name in options.stages.split(","):
+        if state.get(name, {}).get("status") == 0:
+            print(f"gpu-check: {name}: done before")
+            continue
+        print(f"gpu-check: {name} ...", flush=True)
+        state[name] = STAGES[name]()
+        path.write_text(json.dumps(state, indent=1) + "\n")
+        if state[name]["status"]:
+            print(state[name].get("tail", ""))
+            print(f"gpu-check: {name} failed with status {state[name]['status']}; results so far: {path}")
+            return 1
+    print(f"gpu-check: all stages passed; results: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The model-level harness: contenders in processes of their own, timed in alternating rounds."""

@@ -1,0 +1,113 @@
+"""`pack` and `unpack` on the compiled CPU kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clinfast.backends.cpu.native import DTYPES, check_dtype, check_rows, kernels
+
+ID_BYTES = {torch.int64: 8, torch.int32: 4}
+# The kernel's mask types are named by their bytes; bool and the 8-bit integers read the same.
+MASK_BYTES = {torch.int64: 8, torch.int32: 4, torch.bool: 1, torch.uint8: 1, torch.int8: 1}
+INT32_MAX = 2**31 - 1
+
+
+def check_ids(op: str, name: str, ids: Tensor, shape: torch.Size | None = None) -> int:
+    """Bytes of one id; refuses anything but int32 or int64 [B, S] on the CPU."""
+    itemsize = ID_BYTES.get(ids.dtype)
+    if itemsize is None:
+        raise ValueError(f"{op}: {name} has dtype {ids.dtype}; it must be int32 or int64")
+    if ids.ndim != 2 or (shape is not None and ids.shape != shape):
+        wanted = "two dimensions, [B, S]" if shape is None else f"the shape of input_ids, {list(shape)}"
+        raise ValueError(f"{op}: {name} has shape {list(ids.shape)}; it must have {wanted}")
+    if not ids.is_cpu:
+        raise ValueError(f"{op}: {name} is on {ids.device}; the compiled CPU kernels need it on the CPU")
+    return itemsize
+
+
+def _check_mask(mask: Tensor, shape: torch.Size) -> Tensor:
+    if mask.shape != shape:
+        raise ValueError(
+            f"pack: attention_mask has shape {list(mask.shape)}; it must have the shape of input_ids, {list(shape)}"
+        )
+    if not mask.is_cpu:
+        raise ValueError(f"pack: attention_mask is on {mask.device}; the compiled CPU kernels need it on the CPU")
+    if mask.is_floating_point() or mask.is_complex():
+        raise ValueError(f"pack: attention_mask has dtype {mask.dtype}; it must be bool or an integer dtype")
+    return mask if mask.dtype in MASK_BYTES else mask != 0
+
+
+def pack(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    vocab_size: int,
+    type_vocab_size: int,
+    keep_padding: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ids_bytes = check_ids("pack", "input_ids", input_ids)
+    shape = input_ids.shape
+    batch, seqlen = shape
+    if vocab_size < 0 or type_vocab_size < 0:
+        raise ValueError(f"pack: vocab_size is {vocab_size} and type_vocab_size {type_vocab_size}; neither is negative")
+    if batch * seqlen > INT32_MAX:
+        raise ValueError(f"pack: input_ids has shape {list(shape)}; batch x seqlen must not exceed {INT32_MAX}")
+    mask = mask_bytes = mask_row = mask_column = 0
+    if attention_mask is not None:
+        if attention_mask.shape != shape or attention_mask.dtype not in MASK_BYTES or not attention_mask.is_cpu:
+            attention_mask = _check_mask(attention_mask, shape)
+        mask, mask_bytes = attention_mask.data_ptr(), MASK_BYTES[attention_mask.dtype]
+        mask_row, mask_column = attention_mask.stride()
+    types = types_bytes = types_row = types_column = 0
+    if token_type_ids is not None:
+        types_bytes = check_ids("pack", "token_type_ids", token_type_ids, shape)
+        types = token_type_ids.data_ptr()
+        types_row, types_column = token_type_ids.stride()
+    ids_row, ids_column = input_ids.stride()
+    cu_seqlens = torch.empty(batch + 1, dtype=torch.int32)
+    indices = torch.empty(batch * seqlen, dtype=torch.int32)
+    seqused_k = torch.empty(batch, dtype=torch.int32)
+    facts = torch.empty(6, dtype=torch.int64)
+    kernels().pack(
+        mask, input_ids.data_ptr(), types, mask_row, mask_column, ids_row, ids_column, types_row, types_column,
+        ids_bytes, types_bytes, mask_bytes, batch, seqlen, vocab_size, type_vocab_size, keep_padding,
+        cu_seqlens.data_ptr(), indices.data_ptr(), seqused_k.data_ptr(), facts.data_ptr(),
+    )  # fmt: skip
+    return cu_seqlens, indices, seqused_k, facts
+
+
+def unpack(packed: Tensor, indices: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
+    packed_dtype, padded_dtype = DTYPES.get(packed.dtype), DTYPES.get(dtype)
+    if packed_dtype is None or padded_dtype is None or not (packed.ndim == 2 and packed.is_contiguous()):
+        if padded_dtype is None:
+            raise ValueError(f"unpack: dtype is {dtype}; it must be float32 or bfloat16")
+        check_dtype("unpack", "packed", packed)
+        check_rows("unpack", "packed", packed)
+    tokens, hidden = packed.shape
+    if (
+        indices.dtype is not torch.int32
+        or indices.ndim != 1
+        or indices.shape[0] < tokens
+        or not (indices.is_contiguous() and indices.is_cpu and packed.is_cpu)
+    ):
+        check_rows("unpack", "packed", packed)
+        raise ValueError(
+            f"unpack: indices is {list(indices.shape)} {indices.dtype} on {indices.device}; it must be a contiguous "
+            f"int32 CPU vector of at least {tokens} entries, one for each row of packed"
+        )
+    if not 0 <= positions <= INT32_MAX:
+        raise ValueError(f"unpack: positions is {positions}; it must lie between 0 and {INT32_MAX}")
+    padded = torch.empty((positions, hidden), dtype=dtype)
+    bad = kernels().unpack(
+        packed.data_ptr(), padded.data_ptr(), indices.data_ptr(), packed.stride(0), hidden, tokens, positions,
+        hidden, packed_dtype, padded_dtype, torch.get_num_threads(),
+    )  # fmt: skip
+    if bad >= 0:
+        raise IndexError(
+            f"unpack: indices[{bad}] is {int(indices[bad])}; it must lie within the {positions} positions"
+        )
+    return padded
+
+
+IMPLEMENTATIONS = {"pack": pack, "unpack": unpack}
