@@ -103,9 +103,9 @@ def draw(cells: list[dict[str, Any]], environment: dict[str, Any], model: str, p
         handletextpad=0.45,
         columnspacing=1.4,
     )
-    for text in legend.get_texts():
-        if text.get_text() == PEERS[OURS]:
-            text.set_fontweight("bold")
+    for entry in legend.get_texts():
+        if entry.get_text() == PEERS[OURS]:
+            entry.set_fontweight("bold")
     figure.text(0.018, 0.025, small_print(cells, environment), fontsize=7.6, color=SOFT, linespacing=1.5)
     return figure
 

@@ -164,6 +164,44 @@ int64_t unpack(uintptr_t packed, uintptr_t padded, uintptr_t indices, int64_t pa
   return kernels().unpack(args);
 }
 
+void linear(uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residual, uintptr_t out, int64_t x_stride,
+            int64_t residual_stride, int64_t out_stride, int64_t rows, int64_t in_features, int64_t out_features,
+            int activation, int dtype, int table, int num_threads) {
+  const LinearArgs args{pointer<void>(x), pointer<void>(packed), pointer<float>(bias), pointer<void>(residual),
+                        pointer<void>(out), x_stride, residual_stride, out_stride, rows, in_features, out_features,
+                        Activation(activation), DType(dtype), num_threads};
+  py::gil_scoped_release release;
+  table_of(table)->linear(args);
+}
+
+int current_table() { return table_number(&kernels()); }
+
+int64_t linear_packed_bytes(int64_t in_features, int64_t out_features, int dtype, int table) {
+  return table_of(table)->linear_packed_bytes(in_features, out_features, DType(dtype));
+}
+
+void linear_pack(uintptr_t weight, int64_t stride, int64_t in_features, int64_t out_features, int dtype,
+                 uintptr_t packed, int table, int num_threads) {
+  py::gil_scoped_release release;
+  table_of(table)->linear_pack(pointer<void>(weight), stride, in_features, out_features, DType(dtype),
+                        pointer<void>(packed), num_threads);
+}
+
+void encoder(uintptr_t layers, uintptr_t x, uintptr_t workspace, uintptr_t cu_seqlens, uintptr_t seqused_k,
+             int64_t num_layers, int64_t tokens, int64_t batch, int64_t num_heads, int64_t head_dim,
+             int64_t intermediate, float scale, float eps, int activation, int dtype, int table, int num_threads) {
+  const EncoderArgs args{pointer<LayerWeights>(layers), pointer<void>(x), pointer<void>(workspace),
+                         pointer<int32_t>(cu_seqlens), pointer<int32_t>(seqused_k), num_layers, tokens, batch,
+                         num_heads, head_dim, intermediate, scale, eps, Activation(activation), DType(dtype),
+                         num_threads};
+  py::gil_scoped_release release;
+  table_of(table)->encoder(args);
+}
+
+int64_t encoder_workspace_bytes(int64_t tokens, int64_t hidden, int64_t intermediate, int dtype, int table) {
+  return table_of(table)->encoder_workspace_bytes(tokens, hidden, intermediate, DType(dtype));
+}
+
 bool unchanged(uintptr_t addresses, uintptr_t expected, int64_t count, int64_t width) {
   return values_unchanged(pointer<int64_t>(addresses), pointer<void>(expected), count, width);
 }
@@ -179,6 +217,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("layer_norm", &layer_norm);
   m.def("embedding", &embedding);
   m.def("gelu", &gelu);
+  m.def("current_table", &current_table);
+  m.def("encoder", &encoder);
+  m.def("encoder_workspace_bytes", &encoder_workspace_bytes);
+  m.def("linear", &linear);
+  m.def("linear_packed_bytes", &linear_packed_bytes);
+  m.def("linear_pack", &linear_pack);
   m.def("pooling", &pooling);
   m.def("pack", &pack);
   m.def("unpack", &unpack);

@@ -88,17 +88,9 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def assert_budget(ours: Tensor, stock: Tensor, exact: Tensor, floor_dtype: torch.dtype | None = None) -> None:
-    """Our error against float64 is at most twice stock's at the same dtype, plus one rounding step."""
-    assert ours.shape == exact.shape == stock.shape, (ours.shape, stock.shape, exact.shape)
-    assert ours.isfinite().all()
-    if not ours.numel():
-        return
-    scale = exact.abs().max().item()
-    ours_error = (ours.double() - exact).abs().max().item()
-    stock_error = (stock.double() - exact).abs().max().item()
-    floor = torch.finfo(floor_dtype or ours.dtype).eps * scale
-    assert ours_error <= 2 * stock_error + floor, f"ours {ours_error:.2e}, stock {stock_error:.2e}, floor {floor:.1e}"
+def worst_error(x: Tensor, exact: Tensor) -> float:
+    assert x.shape == exact.shape, (x.shape, exact.shape)
+    return (x.double() - exact).abs().max().item() if x.numel() else 0.0
 
 
 class Subject:
@@ -114,6 +106,17 @@ class Subject:
         self.stock = copy.deepcopy(model).to(stock_dtype or model.dtype)
         self.exact = copy.deepcopy(model).double()
         self.model = clinfast.optimize(model, **options)
+        self._stock_errors: dict[str, float] | None = None
+
+    @property
+    def stock_errors(self) -> dict[str, float]:
+        """Stock's largest error by output over 32 notes: what it is on a few rows is a matter of luck."""
+        if self._stock_errors is None:
+            config = self.model.config
+            batch = ids(32, min(config.max_position_embeddings, 24), vocab=config.vocab_size, seed=9)
+            stock, exact = run(self.stock, input_ids=batch), run(self.exact, input_ids=batch)
+            self._stock_errors = {name: worst_error(stock[name], exact[name]) for name in exact}
+        return self._stock_errors
 
     def counts(self) -> tuple[int, int]:
         report = clinfast.report(self.model)
@@ -132,12 +135,15 @@ class Subject:
         with self.one_call("fast"):
             ours = run(self.model, **inputs)
         stock, exact = run(self.stock, **inputs), run(self.exact, **inputs)
-        mask = None if all_positions else inputs.get("attention_mask")
         assert ours.keys() == exact.keys()
+        mask = None if all_positions else inputs.get("attention_mask")
         for name, value in ours.items():
-            assert value.dtype is self.model.dtype
-            rows = (real_rows(x[name], mask) for x in (ours, stock, exact))
-            assert_budget(*rows, floor_dtype=self.model.dtype)
+            assert value.dtype is self.model.dtype and value.isfinite().all()
+            mine, theirs, truth = (real_rows(outputs[name], mask) for outputs in (ours, stock, exact))
+            budget = 2 * max(worst_error(theirs, truth), self.stock_errors[name])
+            budget += torch.finfo(self.model.dtype).eps * (truth.abs().max().item() if truth.numel() else 0.0)
+            error = worst_error(mine, truth)
+            assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
         return ours
 
     def check_stock(self, **inputs: Any) -> dict[str, Tensor]:

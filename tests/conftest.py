@@ -23,6 +23,13 @@ def _threads(count):
         torch.set_num_threads(before)
 
 
+@pytest.fixture
+def one_thread():
+    """Small models are fastest on one thread, and two teams of threads on a busy machine wait for each other."""
+    with _threads(1):
+        yield
+
+
 @pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
 def thread_count(request):
     with _threads(request.param):

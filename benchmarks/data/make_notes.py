@@ -148,7 +148,7 @@ class Writer:
         return self.lay_out(sections, chosen, target)
 
     def urgency(self, frame: Frame, section: Section, position: int) -> float:
-        if frame.field in ("dmeds", "proc", "telopen") or (frame.field == "text" and position == 0):
+        if frame.field in ("dmeds", "proc", "telopen", "find") or (frame.field == "text" and position == 0):
             return -1.0
         uses = (1 + self.frames.used[frame]) * (0.4 + self.rng.random())
         return uses * (1.0 if frame.problem == "common" else 0.35) + (

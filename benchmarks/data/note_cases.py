@@ -196,7 +196,7 @@ def draw_case(
             "es": ("$Varon de $age años, $cc", "$age años, $varon. MC: $cc", "$cc ($varon, $age años)"),
         }[language]
         made["ccline"] = own("ccline", *lines)
-        made["indicationline"] = own("indicationline", *(line.replace("MC: ", "") for line in lines))
+        made["indicationline"] = own("indicationline", *(line.replace(". MC:", ",") for line in lines))
     for frame in frames.of(name, "study")[:1]:
         values["studykind"], title = frame.text.split("|", 1)
         made["studytitle"] = own("studytitle", title)

@@ -151,7 +151,7 @@ VISITS: dict[str, Problem] = {
 }
 
 TOPICS: dict[str, Problem] = {
-    "med_vanco": Problem((38, 76), never=("ckd",)),
+    "med_vanco": Problem((28, 50), never=("ckd",)),
     "med_warfarin": Problem((44, 78), never=("af",)),
     "med_insulin": Problem((48, 80), always=("dm2",), replaces=("dm2",)),
     "med_recon": Problem((58, 90)),

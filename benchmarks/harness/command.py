@@ -8,14 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from benchmarks.harness import results
 from benchmarks.harness.cells import CELLS, Cell, parse_cell
@@ -25,6 +18,8 @@ from benchmarks.harness.goals import GOALS_FILE
 from benchmarks.harness.race import ParityError, Race
 from benchmarks.harness.sources import MODELS, PRECISIONS
 from benchmarks.harness.tables import print_results
+
+DESCRIPTION_WIDTH = 44
 
 
 def names(text: str) -> list[str]:
@@ -109,7 +104,7 @@ def run_cell(race: Race, cell: Cell, rounds: int | None, progress: RaceProgress)
     progress.begin(rounds * sum(runner.round_seconds for runner in race.runners.values()))
     for number in range(rounds):
         for name in race.order(number):
-            progress.say(f"{where}: round {number + 1} of {rounds}, {name}")
+            progress.show(f"{where} {number + 1}/{rounds} {name}")
             race.step(name)
             progress.advance(race.runners[name].round_seconds)
     return race.record()
@@ -120,20 +115,19 @@ class RaceProgress:
 
     def __init__(self, console: Console, cells: int) -> None:
         self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn(f"{{task.description:<{DESCRIPTION_WIDTH}}}"),
+            BarColumn(bar_width=16),
+            TaskProgressColumn(),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=console,
-            disable=not console.is_terminal,
             auto_refresh=False,
+            disable=not console.is_terminal,
         )
         self.quiet = not console.is_terminal
-        self.cells = self.progress.add_task("cells", total=cells, unit="cells")
-        self.cell = self.progress.add_task("starting", total=None, unit="s")
+        self.count = cells
+        self.cells = self.progress.add_task(f"cell 1 of {cells}", total=cells)
+        self.cell = self.progress.add_task("starting", total=None)
 
     def __enter__(self) -> RaceProgress:
         self.progress.start()
@@ -143,9 +137,13 @@ class RaceProgress:
         self.progress.stop()
 
     def say(self, text: str) -> None:
-        self.progress.update(self.cell, description=text)
-        if self.quiet and "round" not in text:
+        """A step that takes a while; where there is no terminal it becomes a line."""
+        if self.quiet:
             self.progress.console.print(text, highlight=False)
+        self.show(text)
+
+    def show(self, text: str) -> None:
+        self.progress.update(self.cell, description=text)
         self.progress.refresh()
 
     def begin(self, seconds: float) -> None:
@@ -156,4 +154,6 @@ class RaceProgress:
 
     def cell_done(self) -> None:
         self.progress.advance(self.cells)
+        done = int(self.progress.tasks[self.cells].completed)
+        self.progress.update(self.cells, description=f"cell {min(done + 1, self.count)} of {self.count}")
         self.progress.reset(self.cell, total=None)

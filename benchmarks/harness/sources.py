@@ -78,7 +78,7 @@ def save_bert_base(folder: Path) -> None:
 
     torch.manual_seed(0)
     # transformers 5 writes no position_embedding_type any more; CTranslate2's converter asks for it.
-    config = BertConfig(architectures=["BertModel"], position_embedding_type="absolute")
+    config = BertConfig.from_dict({"architectures": ["BertModel"], "position_embedding_type": "absolute"})
     model = BertModel(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

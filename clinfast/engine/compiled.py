@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clinfast.engine.concurrency import gate, single_thread_if_forked
 from clinfast.engine.encoder import PRECISIONS, Encoder, run, unpack
-from clinfast.engine.executors.eager import EagerExecutor
+from clinfast.engine.executors import EagerExecutor, NativeExecutor
 from clinfast.engine.packing import pack
 from clinfast.engine.spec import EncoderOutput, EncoderSpec, HeadSpec, NotServed, ParameterRef, Request
 from clinfast.engine.weights import Fingerprint, PackedWeights, pack_weights
@@ -71,7 +71,7 @@ def _encode(
     single_thread_if_forked()
     facts = json.loads(call)
     spec, head = EncoderSpec.from_json(facts["spec"]), HeadSpec(*facts["head"])
-    executor = EagerExecutor(spec, facts["backend"])
+    executor = NativeExecutor(spec, facts["backend"])
     request, padding, dtype = Request(input_ids, mask, token_type_ids), facts["padding"], weights[0].dtype
     with gate.room(), torch.no_grad():
         packed = _find(call, facts, spec, head, weights)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from clinfast.engine import reproducibility
 from clinfast.engine.concurrency import gate, single_thread_if_forked
-from clinfast.engine.executors.eager import EagerExecutor
+from clinfast.engine.executors import EagerExecutor, NativeExecutor
 from clinfast.engine.packing import PackedBatch, pack
-from clinfast.engine.spec import EncoderOutput, HeadSpec, Match, Request, Unsupported
+from clinfast.engine.spec import EncoderOutput, EncoderSpec, HeadSpec, Match, Request, Unsupported
 from clinfast.engine.weights import Fingerprint, PackedWeights, pack_weights
 from clinfast.ops import registry
 
@@ -68,7 +68,7 @@ class Encoder:
         self.model_dtype = first.dtype
         self.dtype = resolve_precision(precision, self.model_dtype)
         self.precision, self.backend, self.padding = precision, backend, padding
-        self._executor = EagerExecutor(self.spec, backend)
+        self._executor = NativeExecutor(self.spec, backend)
         self._lock = threading.Lock()
         self._packed: tuple[PackedWeights, Fingerprint] | None = None
         self.packs = 0
@@ -164,6 +164,8 @@ def run(
         first_token=first_token,
         backend=executor.backend,
     )
+    if not batch.tokens:
+        return _no_tokens(executor.spec, weights, batch, dtype)
     x = (executor.first_hidden_states if only_first else executor.all_hidden_states)(weights, request, batch)
     pooled = logits = hidden = None
     if head.pooler:
@@ -178,6 +180,13 @@ def run(
     elif head.kind == "none":
         hidden = unpack(executor, x, batch, dtype)
     return EncoderOutput(hidden, _as(pooled, dtype), _as(logits, dtype))
+
+
+def _no_tokens(spec: EncoderSpec, weights: PackedWeights, batch: PackedBatch, dtype: torch.dtype) -> EncoderOutput:
+    """A batch that is all padding, under a head that does not read the first token: zeros."""
+    width = spec.hidden_size if weights.classifier is None else weights.classifier.out_features
+    zeros = torch.zeros((batch.batch, batch.seqlen, width), dtype=dtype)
+    return EncoderOutput(zeros, None, None) if weights.classifier is None else EncoderOutput(None, None, zeros)
 
 
 def unpack(executor: EagerExecutor, packed: Tensor, batch: PackedBatch, dtype: torch.dtype) -> Tensor:

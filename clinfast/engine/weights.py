@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clinfast.engine.spec import EncoderSpec, HeadSpec, ParameterRef
 from clinfast.backends.cpu import sampling as samplers
+from clinfast.ops import registry
 from clinfast.ops.linear import PackedLinear, prepack
 
 SAMPLES_PER_TENSOR = 4
@@ -32,13 +34,19 @@ class PackedLayer:
 
 @dataclasses.dataclass(frozen=True)
 class PackedWeights:
-    """Everything that a forward needs, laid out for the ops. `nbytes` counts what was copied."""
+    """Everything that a forward needs, laid out for the ops.
+
+    `layers` are the whole ones; `last` is the last one where only first tokens are asked of it. `fused` runs `layers`
+    in one call, None where the backend cannot. `nbytes` counts what was copied.
+    """
 
     word: Tensor
     position: Tensor
     token_type: Tensor | None
     embedding_norm: tuple[Tensor, Tensor]
     layers: tuple[PackedLayer, ...]
+    last: PackedLayer | None
+    fused: Any
     pooler: PackedLinear | None
     classifier: PackedLinear | None
     dtype: torch.dtype
@@ -46,7 +54,7 @@ class PackedWeights:
 
     def linears(self) -> list[PackedLinear]:
         found: list[PackedLinear | None] = [self.pooler, self.classifier]
-        for layer in self.layers:
+        for layer in self.layers if self.last is None else (*self.layers, self.last):
             found += [layer.qkv, layer.query, layer.key_value, layer.attention_output, layer.ffn_in, layer.ffn_out]
         return [linear for linear in found if linear is not None]
 
@@ -99,17 +107,29 @@ def pack_weights(
                 output_norm=norm(at + "output_norm"),
             )
         )
+    whole = [layer for layer in layers if layer.qkv is not None]
     return PackedWeights(
         word=table("embedding.word"),
         position=table("embedding.position"),
         token_type=table("embedding.token_type") if spec.type_vocab_size else None,
         embedding_norm=norm("embedding.norm"),
-        layers=tuple(layers),
+        layers=tuple(whole),
+        last=layers[-1] if len(whole) < len(layers) else None,
+        fused=_fuse(whole, backend),
         pooler=linear("pooler") if head.pooler else None,
         classifier=linear("classifier") if head.classifier else None,
         dtype=dtype,
         nbytes=sum(copied),
     )
+
+
+def _fuse(layers: list[PackedLayer], backend: str) -> Any:
+    make = registry.optional("encoder_layers", backend)
+    parts = [
+        (layer.qkv, layer.attention_output, layer.attention_norm, layer.ffn_in, layer.ffn_out, layer.output_norm)
+        for layer in layers
+    ]
+    return None if make is None else make(parts)
 
 
 class Fingerprint:

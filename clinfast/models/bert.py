@@ -133,7 +133,6 @@ class _Reader:
         checks.named(layer.output, f"{path}.output", HOME, "BertOutput")
         for name in ("is_decoder", "add_cross_attention"):
             checks.field(layer, path, name, (False,))
-            self._constant(layer, name)
         attention = self._self_attention(layer.attention.self, f"{path}.attention.self", to, hidden)
 
         intermediate = layer.intermediate.dense
@@ -163,14 +162,13 @@ class _Reader:
         checks.field(attention, path, "position_embedding_type", ("absolute",))
         for name in ("is_decoder", "is_causal"):
             checks.field(attention, path, name, (False,))
-            self._constant(attention, name)
         num_heads, head_dim = attention.num_attention_heads, attention.attention_head_size
         if num_heads * head_dim != hidden:
             raise Unsupported(
                 f"{path} has {num_heads} heads of {head_dim}, which does not make hidden_size {hidden}; "
                 "pruned heads are not served"
             )
-        for name in ("num_attention_heads", "attention_head_size", "scaling"):
+        for name in ("num_attention_heads", "attention_head_size", "scaling", "is_causal"):
             self._constant(attention, name)
         for name in ("query", "key", "value"):
             self.add(

@@ -96,6 +96,13 @@ def implementation(name: str, backend: str) -> Callable[..., Any]:
     )
 
 
+def optional(name: str, backend: str) -> Callable[..., Any] | None:
+    """What the best backend offers under `name` beyond the ops, or None. An override of any op switches it off."""
+    if any(os.environ.get(f"CLINFAST_BACKEND_{stem.upper()}") for stem in (*OPS, name)):
+        return None
+    return importlib.import_module(BACKENDS[order(backend)[0]]).implementations().get(name)
+
+
 def counted(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

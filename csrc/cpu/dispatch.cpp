@@ -53,6 +53,14 @@ const char *const *available_isas(int *count) {
   return names;
 }
 
+int table_number(const KernelTable *table) {
+  int number = 0;
+  while (kCandidates[number].table != table) number++;
+  return number;
+}
+
+const KernelTable *table_of(int number) { return kCandidates[number].table; }
+
 const KernelTable *select_kernels(const char *name, const char **error) {
   for (const Candidate &c : kCandidates) {
     if (name && *name && strcmp(name, c.table->isa) != 0) continue;

@@ -24,7 +24,7 @@ template <typename T, typename O> static int64_t embed(const EmbeddingArgs &a) {
       bad = t < bad ? t : bad;
       continue;
     }
-    int64_t row = uint32_t(index) / uint32_t(a.seqlen), column = index - row * a.seqlen;
+    int64_t row = index / a.seqlen, column = index - row * a.seqlen;
     int64_t id = id_at(a.input_ids, a.ids_itemsize, row * a.ids_row_stride + column * a.ids_column_stride);
     int64_t position = column + a.position_offset, type = 0;
     if (types && a.token_type_ids)

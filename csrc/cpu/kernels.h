@@ -7,6 +7,7 @@ namespace clinfast {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1 };
 enum class GeluKind : int32_t { erf = 0, tanh = 1 };
+enum class Activation : int32_t { none = 0, gelu = 1, gelu_tanh = 2, relu = 3, tanh = 4 };
 enum class PoolingKind : int32_t { first_token = 0, mean = 1, max = 2 };
 enum class MaskType : int32_t { none = 0, bytes = 1, int32 = 4, int64 = 8 };
 
@@ -56,6 +57,20 @@ struct EmbeddingArgs {
   DType table_dtype, out_dtype;
   int32_t num_threads;
   int64_t batch, vocab_size, max_positions, type_vocab_size;
+};
+
+// out = activation(x @ weight.T + bias) + residual. `packed` was written by linear_pack for the same instruction set.
+// bias and residual may be null; residual may not overlap out.
+struct LinearArgs {
+  const void *x, *packed;
+  const float *bias;
+  const void *residual;
+  void *out;
+  int64_t x_stride, residual_stride, out_stride;
+  int64_t rows, in_features, out_features;
+  Activation activation;
+  DType dtype;
+  int32_t num_threads;
 };
 
 // out = gelu(x + bias); bias may be null.
@@ -115,12 +130,45 @@ struct UnpackArgs {
   int32_t num_threads;
 };
 
+struct LinearWeights {
+  const void *packed;
+  const float *bias;
+};
+struct NormWeights {
+  const float *weight, *shift;
+};
+struct LayerWeights {
+  LinearWeights qkv, attention_output;
+  NormWeights attention_norm;
+  LinearWeights ffn_in, ffn_out;
+  NormWeights output_norm;
+};
+
+// x [tokens, num_heads * head_dim], contiguous, through `num_layers` layers, in place. `workspace` has
+// encoder_workspace_bytes and starts on a cache line.
+struct EncoderArgs {
+  const LayerWeights *layers;
+  void *x, *workspace;
+  const int32_t *cu_seqlens, *seqused_k;
+  int64_t num_layers, tokens, batch, num_heads, head_dim, intermediate;
+  float scale, eps;
+  Activation activation;
+  DType dtype;
+  int32_t num_threads;
+};
+
 struct KernelTable {
   const char *isa;
   void (*attention)(const AttentionArgs &);
   void (*layer_norm)(const LayerNormArgs &);
   int64_t (*embedding)(const EmbeddingArgs &);
   void (*gelu)(const GeluArgs &);
+  void (*linear)(const LinearArgs &);
+  int64_t (*linear_packed_bytes)(int64_t in_features, int64_t out_features, DType dtype);
+  void (*linear_pack)(const void *weight, int64_t stride, int64_t in_features, int64_t out_features, DType dtype,
+                      void *packed, int num_threads);
+  void (*encoder)(const EncoderArgs &);
+  int64_t (*encoder_workspace_bytes)(int64_t tokens, int64_t hidden, int64_t intermediate, DType dtype);
   int64_t (*pooling)(const PoolingArgs &);
   void (*pack)(const PackArgs &, PackResult &);
   int64_t (*unpack)(const UnpackArgs &);
@@ -133,5 +181,8 @@ bool values_unchanged(const int64_t *addresses, const void *expected, int64_t co
 // is unknown or the processor lacks it.
 const KernelTable *select_kernels(const char *name, const char **error);
 const char *const *available_isas(int *count);
+// Tables by a number that stays theirs: what was packed for one instruction set is multiplied by the same.
+int table_number(const KernelTable *table);
+const KernelTable *table_of(int number);
 
 }  // namespace clinfast

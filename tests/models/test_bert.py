@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 import clinfast
 from clinfast.ops import registry
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Every field that changes the arithmetic, one or two at a time around the small model of `make`.
 FIELDS = {
     "plain": {},
@@ -30,7 +32,7 @@ FIELDS = {
     "relu": {"hidden_act": "relu"},
     "eps-1e-5": {"layer_norm_eps": 1e-5},
     "eps-large": {"layer_norm_eps": 0.5},
-    "head_dim-1": {"hidden_size": 8, "num_attention_heads": 8},
+    "head_dim-1": {"hidden_size": 32, "num_attention_heads": 32},
     "head_dim-20": {"hidden_size": 60, "num_attention_heads": 3},
     "head_dim-64": {"hidden_size": 128, "num_attention_heads": 2},
     "head_dim-80": {"hidden_size": 160, "num_attention_heads": 2},
@@ -70,9 +72,12 @@ def batch_for(config, mask=None):
     return {"input_ids": batch, "attention_mask": mask, "token_type_ids": batch % config.type_vocab_size}
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("fields", FIELDS)
-def test_fields(head, fields):
+# Question answering has two labels by definition.
+CASES = [(fields, head) for fields in FIELDS for head in HEADS if not (head == "qa" and "label" in fields)]
+
+
+@pytest.mark.parametrize(("fields", "head"), CASES)
+def test_fields(fields, head):
     s = subject(head, fields)
     s.check(**batch_for(s.model.config))
 
@@ -221,12 +226,10 @@ def test_positions_are_columns_not_ranks(head):
     s = subject(head)
     mask = torch.ones(1, 12, dtype=torch.int64)
     mask[0, 3:8] = 0
-    s.check(input_ids=ids(1, 12), attention_mask=mask)
-    packed_close = run(s.stock, input_ids=ids(1, 12)[mask.bool()][None])
-    ours = run(s.model, input_ids=ids(1, 12), attention_mask=mask)
-    name = next(iter(ours))
-    last = (ours[name][:, -1], packed_close[name][:, -1]) if ours[name].dim() > 2 else (ours[name], packed_close[name])
-    assert (last[0] - last[1]).abs().max() > 1e-2
+    ours = s.check(input_ids=ids(1, 12), attention_mask=mask)
+    by_rank = run(s.stock, input_ids=ids(1, 12)[mask.bool()][None])
+    for name, value in ours.items():
+        assert (value[:, -1] - by_rank[name][:, -1]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -1,10 +1,12 @@
 import pytest
 import torch
-from helpers import assert_within_budget, opcheck
+from helpers import assert_within_budget, isa, offset_view, opcheck  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clinfast.backends.cpu import linear as compiled
+from clinfast.backends.cpu import native
+from clinfast.backends.torch import FallbackLinear
 from clinfast.ops import linear as op
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -20,38 +22,94 @@ def case(rows, inputs, outputs, dtype, seed=0):
     return x, weight, bias, residual
 
 
+LIBRARIES = [compiled.NativeLinear, compiled.OneDnnLinear, FallbackLinear]
+
+
+def exact_of(x, weight, bias, activation, residual):
+    residual = None if residual is None else residual.double()
+    return op.reference(x.double(), weight.double(), bias.double(), activation, residual)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("activation", op.ACTIVATIONS)
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_prepacked_matches_reference(dtype, backend, activation, with_residual):
+def test_prepacked_matches_reference(dtype, library, activation, with_residual):
     for rows, inputs, outputs in ((1, 3072, 768), (2, 33, 7), (130, 384, 1536)):
         x, weight, bias, residual = case(rows, inputs, outputs, dtype)
         residual = residual if with_residual else None
-        packed = op.prepack(weight, bias, dtype, backend)
+        packed = library(weight, bias, dtype)
         stock = op.reference(x, weight, bias, activation, residual)
-        exact = op.reference(
-            x.double(), weight.double(), bias.double(), activation, None if residual is None else residual.double()
-        )
-        assert_within_budget(packed(x, activation, residual), stock, exact)
+        assert_within_budget(packed(x, activation, residual), stock, exact_of(x, weight, bias, activation, residual))
         assert packed.in_features == inputs and packed.out_features == outputs and packed.dtype is dtype
 
 
-def test_the_library_serves_this_machine():
-    assert compiled.serves(torch.float32)
-    assert op.prepack(torch.eye(32), None, torch.float32).library == "oneDNN"
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 1, 1), (7, 5, 3), (40, 769, 50), (300, 1025, 97)])
+def test_our_own_on_each_instruction_set(isa, rows, inputs, outputs, dtype):
+    x, weight, bias, residual = case(rows, inputs, outputs, dtype)
+    packed = compiled.NativeLinear(weight, bias, dtype)
+    for activation in op.ACTIVATIONS:
+        stock = op.reference(x, weight, bias, activation, residual)
+        assert_within_budget(packed(x, activation, residual), stock, exact_of(x, weight, bias, activation, residual))
+    strided = packed(offset_view(x), "none", offset_view(residual))
+    assert torch.equal(strided, packed(x, "none", residual))
+    assert torch.equal(compiled.NativeLinear(offset_view(weight), bias, dtype)(x), packed(x))
+
+
+def test_what_was_packed_for_one_instruction_set_is_multiplied_by_it():
+    x, weight, bias, _ = case(5, 100, 60, torch.float32)
+    packed = compiled.NativeLinear(weight, bias, torch.float32)
+    before = packed(x)
+    kernels = native.kernels()
+    try:
+        kernels.select_isa("plain")
+        assert torch.equal(packed(x), before)
+    finally:
+        kernels.select_isa(native.isa())
+
+
+def test_the_measured_choice():
+    assert compiled.onednn_serves(torch.float32)
+    ours = native.isa() in ("avx512", "avx512_bf16")
+    expected = compiled.NativeLinear if ours else compiled.OneDnnLinear
+    assert type(op.prepack(torch.eye(32), None, torch.float32)) is expected
+
+
+def test_the_choice_can_be_overridden(monkeypatch):
+    for name, cls in (("clinfast", "NativeLinear"), ("onednn", "OneDnnLinear"), ("torch", "FallbackLinear")):
+        monkeypatch.setenv("CLINFAST_CPU_LINEAR", name)
+        assert type(op.prepack(torch.eye(8), None, torch.float32)).__name__ == cls
+    monkeypatch.setenv("CLINFAST_CPU_LINEAR", "mkl")
+    with pytest.raises(ValueError, match="mkl"):
+        op.prepack(torch.eye(8), None, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("library", LIBRARIES[:2])
 @pytest.mark.parametrize(("inputs", "outputs"), BERT_SHAPES)
-def test_a_row_has_the_same_bits_at_any_row_count(inputs, outputs, dtype):
+def test_a_row_has_the_same_bits_at_any_row_count(inputs, outputs, library, dtype):
     x, weight, bias, residual = case(300, inputs, outputs, dtype)
-    packed = op.prepack(weight, bias, dtype)
+    packed = library(weight, bias, dtype)
     for activation, extra in (("none", None), ("gelu", None), ("tanh", None), ("none", residual)):
         whole = packed(x, activation, extra)
         for rows in (1, 2, 3, 5, 8, 17, 31, 64, 129):
             part = packed(x[:rows], activation, None if extra is None else extra[:rows])
             assert torch.equal(part, whole[:rows]), (activation, rows)
+
+
+def test_a_row_has_the_same_bits_at_any_thread_count():
+    x, weight, bias, residual = case(70, 768, 96, torch.float32)
+    packed = compiled.NativeLinear(weight, bias, torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 16):
+            torch.set_num_threads(count)
+            results.append(packed(x, "gelu", residual))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @settings(max_examples=25, deadline=None)
@@ -60,8 +118,8 @@ def test_any_shape(rows, inputs, outputs, bf16):
     dtype = torch.bfloat16 if bf16 else torch.float32
     x, weight, bias, residual = case(rows, inputs, outputs, dtype, seed=rows)
     packed = op.prepack(weight, bias, dtype)
-    exact = op.reference(x.double(), weight.double(), bias.double(), "none", residual.double())
-    assert_within_budget(packed(x, residual=residual), op.reference(x, weight, bias, "none", residual), exact)
+    stock = op.reference(x, weight, bias, "none", residual)
+    assert_within_budget(packed(x, residual=residual), stock, exact_of(x, weight, bias, "none", residual))
 
 
 def test_the_source_is_copied():
@@ -86,3 +144,17 @@ def test_unknown_activation_is_named():
     for backend in ("cpu", "torch"):
         with pytest.raises(ValueError, match="swish"):
             op.prepack(weight, bias, torch.float32, backend)(x, "swish")
+
+
+@pytest.mark.parametrize("library", LIBRARIES[:2])
+def test_bad_arguments_are_named(library):
+    x, weight, bias, residual = case(3, 20, 8, torch.float32)
+    packed = library(weight, bias, torch.float32)
+    for change, message in (
+        ({"x": x[:, :19]}, "x is"),
+        ({"x": x.double()}, "float64"),
+        ({"x": x.t().contiguous().t()}, "strides"),
+        ({"residual": residual[:2]}, "residual is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            packed(**{"x": x, "residual": residual, **change})

@@ -9,14 +9,22 @@ from torch import Tensor
 
 from clinfast.backends.cpu.layer_norm import MAX_HIDDEN
 from clinfast.backends.cpu.native import DTYPES, address, check_dtype, check_rows, check_vector, kernels
-from clinfast.backends.cpu.packing import INT32_MAX, check_ids
+from clinfast.backends.cpu.packing import check_ids
 
 
-def _check_table(name: str, table: Tensor, hidden: int, dtype: torch.dtype) -> None:
-    check_dtype("embedding", name, table, dtype)
+def _check_table(name: str, table: Tensor, word: Tensor) -> None:
+    if (
+        table.dtype is word.dtype
+        and table.ndim == 2
+        and table.shape[1] == word.shape[1]
+        and table.is_contiguous()
+        and table.is_cpu
+    ):
+        return
+    check_dtype("embedding", name, table, word.dtype)
     check_rows("embedding", name, table)
-    if table.shape[1] != hidden:
-        raise ValueError(f"embedding: {name} has rows of {table.shape[1]}; those of word have {hidden}")
+    if table.shape[1] != word.shape[1]:
+        raise ValueError(f"embedding: {name} has rows of {table.shape[1]}; those of word have {word.shape[1]}")
 
 
 def embedding(
@@ -36,38 +44,36 @@ def embedding(
     if out_dtype is None:
         raise ValueError(f"embedding: dtype is {dtype}; it must be float32 or bfloat16")
     if table_dtype is None or not (word.ndim == 2 and word.is_contiguous() and word.is_cpu):
-        check_dtype("embedding", "word", word)
+        table_dtype = check_dtype("embedding", "word", word)
         check_rows("embedding", "word", word)
     vocab_size, hidden = word.shape
     if not 1 <= hidden <= MAX_HIDDEN:
         raise ValueError(f"embedding: hidden is {hidden}; the kernel serves 1 to {MAX_HIDDEN}")
-    _check_table("position", position, hidden, word.dtype)
+    _check_table("position", position, word)
+    types_address = type_stride = type_vocab_size = 0
     if token_type is not None:
-        _check_table("token_type", token_type, hidden, word.dtype)
+        _check_table("token_type", token_type, word)
+        types_address, type_stride, type_vocab_size = token_type.data_ptr(), token_type.stride()[0], token_type.shape[0]
     check_vector("embedding", "weight", weight, hidden)
     check_vector("embedding", "shift", shift, hidden)
     ids_bytes = check_ids("embedding", "input_ids", input_ids)
-    shape = input_ids.shape
-    batch, seqlen = shape
-    if batch * seqlen > INT32_MAX:
-        raise ValueError(f"embedding: input_ids has shape {list(shape)}; batch x seqlen must not exceed {INT32_MAX}")
+    batch, seqlen = input_ids.shape
     types_bytes = types_row = types_column = 0
     if token_type_ids is not None:
-        types_bytes = check_ids("embedding", "token_type_ids", token_type_ids, shape)
+        types_bytes = check_ids("embedding", "token_type_ids", token_type_ids, input_ids.shape)
         types_row, types_column = token_type_ids.stride()
     if indices.ndim != 1:
         raise ValueError(f"embedding: indices has shape {list(indices.shape)}; it must have one dimension")
     tokens = indices.shape[0]
     check_vector("embedding", "indices", indices, tokens, torch.int32)
     ids_row, ids_column = input_ids.stride()
-    out = torch.empty((tokens, hidden), dtype=dtype)
+    out = torch.empty(tokens, hidden, dtype=dtype)
     bad = kernels().embedding(
         input_ids.data_ptr(), address(token_type_ids), ids_row, ids_column, types_row, types_column, ids_bytes,
         types_bytes, indices.data_ptr(), seqlen, tokens, hidden, position_offset, word.data_ptr(),
-        position.data_ptr(), address(token_type), word.stride(0), position.stride(0),
-        0 if token_type is None else token_type.stride(0), weight.data_ptr(), shift.data_ptr(), out.data_ptr(),
-        hidden, eps, table_dtype, out_dtype, torch.get_num_threads(), batch, vocab_size, position.shape[0],
-        0 if token_type is None else token_type.shape[0],
+        position.data_ptr(), types_address, word.stride()[0], position.stride()[0], type_stride,
+        weight.data_ptr(), shift.data_ptr(), out.data_ptr(), hidden, eps, table_dtype, out_dtype,
+        torch.get_num_threads(), batch, vocab_size, position.shape[0], type_vocab_size,
     )  # fmt: skip
     if bad >= 0:
         _refuse(bad, input_ids, token_type_ids, indices, word, position, token_type, position_offset)
@@ -96,7 +102,8 @@ def _refuse(
     for source, value, name, table in looked_up:
         if not 0 <= value < table.shape[0]:
             raise IndexError(
-                f"embedding: {source} at row {row}, column {column} is {value}; {name} has {table.shape[0]} rows"
+                f"embedding: {source} at row {row}, column {column} is {value}; "
+                f"{name} has {table.shape[0]} rows"
             )
     raise RuntimeError(f"embedding: the ids changed during the call (row {row}, column {column})")
 

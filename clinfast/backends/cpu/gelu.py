@@ -12,7 +12,8 @@ KINDS = {"none": 0, "tanh": 1}
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     dtype, kind = DTYPES.get(x.dtype), KINDS.get(approximate)
-    if dtype is None or kind is None or not (x.ndim == 2 and x.is_contiguous() and x.is_cpu):
+    plain = x.ndim == 2 and x.is_contiguous() and x.is_cpu
+    if dtype is None or kind is None or not plain:
         if kind is None:
             raise ValueError(f"gelu: approximate is {approximate!r}; choose 'none' (erf) or 'tanh'")
         check_dtype("gelu", "x", x)
@@ -20,9 +21,9 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
     rows, hidden = x.shape
     if bias is not None:
         check_vector("gelu", "bias", bias, hidden)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = torch.empty_like(x) if plain else torch.empty(rows, hidden, dtype=x.dtype)
     kernels().gelu(
-        x.data_ptr(), address(bias), out.data_ptr(), x.stride(0), hidden, rows, hidden, kind, dtype,
+        x.data_ptr(), address(bias), out.data_ptr(), x.stride()[0], hidden, rows, hidden, kind, dtype,
         torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -1,13 +1,16 @@
-"""`linear` through the oneDNN that torch carries, on weights that are laid out once."""
+"""`linear` on weights that are laid out once: our own multiplication, or the oneDNN that torch carries."""
 
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 from torch import Tensor
 
+from clinfast.backends.cpu import native
 from clinfast.backends.torch import FallbackLinear, linear
+from clinfast.ops.linear import ACTIVATIONS
 
 # Activation -> oneDNN post-op and its algorithm, in the terms of torch's pointwise linear.
 POST_OPS = {
@@ -19,21 +22,85 @@ POST_OPS = {
 }
 
 
-class OneDnnLinear:
-    __slots__ = ("bias", "dtype", "in_features", "library", "nbytes", "out_features", "weight")
+class _Packed:
+    __slots__ = ("bias", "dtype", "in_features", "nbytes", "out_features", "weight")
+
+    library: str
+
+    def _describe(self, plain: Tensor, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.out_features, self.in_features = plain.shape
+        self.nbytes = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def _check(self, x: Tensor, activation: str, residual: Tensor | None) -> None:
+        if x.dim() != 2 or x.shape[1] != self.in_features or x.dtype is not self.dtype or x.stride(1) != 1:
+            raise ValueError(
+                f"linear: x is {list(x.shape)} {x.dtype} with strides {x.stride()}; it must be [rows, "
+                f"{self.in_features}] {self.dtype} with contiguous rows"
+            )
+        if residual is not None and (
+            residual.shape != (x.shape[0], self.out_features)
+            or residual.dtype is not self.dtype
+            or residual.stride(1) != 1
+        ):
+            raise ValueError(
+                f"linear: residual is {list(residual.shape)} {residual.dtype}; it must be "
+                f"[{x.shape[0]}, {self.out_features}] {self.dtype} with contiguous rows"
+            )
+        if activation not in POST_OPS:
+            raise ValueError(f"linear: activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+
+
+class NativeLinear(_Packed):
+    """Our own multiplication (csrc/cpu/linear.cpp); a row's bits never depend on the rows beside it."""
+
+    __slots__ = ("_code", "_table")
+
+    library = "clinfast"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        kernels, code = native.kernels(), native.DTYPES[dtype]
+        plain = weight.detach().to(dtype)
+        plain = plain if plain.stride(1) == 1 else plain.contiguous()
+        out_features, in_features = plain.shape
+        self._code, self._table = code, kernels.current_table()
+        size = kernels.linear_packed_bytes(in_features, out_features, code, self._table)
+        self.weight = torch.empty(size, dtype=torch.uint8)
+        kernels.linear_pack(
+            plain.data_ptr(), plain.stride(0), in_features, out_features, code, self.weight.data_ptr(),
+            self._table, torch.get_num_threads(),
+        )  # fmt: skip
+        self.bias = None if bias is None else bias.detach().to(dtype).to(torch.float32, copy=True).contiguous()
+        self._describe(plain, dtype)
+
+    def __call__(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+        self._check(x, activation, residual)
+        rows, outputs = x.shape[0], self.out_features
+        out = torch.empty((rows, outputs), dtype=self.dtype)
+        native.kernels().linear(
+            x.data_ptr(), self.weight.data_ptr(), native.address(self.bias), native.address(residual),
+            out.data_ptr(), x.stride(0), 0 if residual is None else residual.stride(0), outputs, rows,
+            self.in_features, outputs, ACTIVATIONS.index(activation), self._code, self._table, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
+class OneDnnLinear(_Packed):
+    """torch's prepacked linear, as Inductor uses it."""
+
+    __slots__ = ()
+
+    library = "oneDNN"
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         plain = weight.detach().to(dtype).contiguous()
         # The layout is the same for every row count but 1, whose own layout is three times slower at 2 rows.
         self.weight = torch.ops.mkldnn._reorder_linear_weight.default(plain, 128)
         self.bias = None if bias is None else bias.detach().to(dtype, copy=True)
-        self.nbytes = plain.nbytes + (0 if self.bias is None else self.bias.nbytes)
-        self.library, self.dtype = "oneDNN", dtype
-        self.out_features, self.in_features = plain.shape
+        self._describe(plain, dtype)
 
     def __call__(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
-        if activation not in POST_OPS:
-            raise ValueError(f"linear: activation={activation!r} is unknown; choose one of {', '.join(POST_OPS)}")
+        self._check(x, activation, residual)
         if x.shape[0] == 1:
             # A lone row takes a kernel of its own that sums in another order from 1,536 inputs on.
             twice = None if residual is None else residual.expand(2, -1).contiguous()
@@ -47,9 +114,14 @@ class OneDnnLinear:
             return self(x, activation) + residual
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
 
+    def _describe(self, plain: Tensor, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.out_features, self.in_features = plain.shape
+        self.nbytes = plain.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
 
 @functools.cache
-def serves(dtype: torch.dtype) -> bool:
+def onednn_serves(dtype: torch.dtype) -> bool:
     """Whether this torch and processor run the prepacked linear: tried, not guessed from versions."""
     try:
         with torch.no_grad():
@@ -61,8 +133,31 @@ def serves(dtype: torch.dtype) -> bool:
         return False
 
 
-def prepack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> OneDnnLinear | FallbackLinear:
-    return (OneDnnLinear if serves(dtype) else FallbackLinear)(weight, bias, dtype)
+def ours_is_faster(dtype: torch.dtype) -> bool:
+    """Where our multiplication measured at least as fast as oneDNN: AVX-512, and bf16 with its own dot product but
+    without AMX. See docs/decisions/0002-own-gemm-on-avx512.md."""
+    isa = native.isa()
+    if dtype is torch.bfloat16:
+        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+        return isa == "avx512_bf16" and not has_amx
+    return isa in ("avx512", "avx512_bf16")
+
+
+def library(dtype: torch.dtype) -> type[NativeLinear] | type[OneDnnLinear] | type[FallbackLinear]:
+    """What multiplies in `dtype`; the environment variable CLINFAST_CPU_LINEAR (clinfast, onednn, torch) overrides."""
+    known = {"clinfast": NativeLinear, "onednn": OneDnnLinear, "torch": FallbackLinear}
+    asked = os.environ.get("CLINFAST_CPU_LINEAR", "")
+    if asked:
+        if asked not in known:
+            raise ValueError(f"CLINFAST_CPU_LINEAR is {asked!r}; choose one of {', '.join(known)}")
+        return known[asked]
+    if ours_is_faster(dtype):
+        return NativeLinear
+    return OneDnnLinear if onednn_serves(dtype) else NativeLinear
+
+
+def prepack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> NativeLinear | OneDnnLinear | FallbackLinear:
+    return library(dtype)(weight, bias, dtype)
 
 
 IMPLEMENTATIONS = {"linear": linear, "linear.prepack": prepack}

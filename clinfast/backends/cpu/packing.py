@@ -16,14 +16,14 @@ INT32_MAX = 2**31 - 1
 def check_ids(op: str, name: str, ids: Tensor, shape: torch.Size | None = None) -> int:
     """Bytes of one id; refuses anything but int32 or int64 [B, S] on the CPU."""
     itemsize = ID_BYTES.get(ids.dtype)
+    if itemsize is not None and ids.is_cpu and (ids.ndim == 2 if shape is None else ids.shape == shape):
+        return itemsize
     if itemsize is None:
         raise ValueError(f"{op}: {name} has dtype {ids.dtype}; it must be int32 or int64")
     if ids.ndim != 2 or (shape is not None and ids.shape != shape):
         wanted = "two dimensions, [B, S]" if shape is None else f"the shape of input_ids, {list(shape)}"
         raise ValueError(f"{op}: {name} has shape {list(ids.shape)}; it must have {wanted}")
-    if not ids.is_cpu:
-        raise ValueError(f"{op}: {name} is on {ids.device}; the compiled CPU kernels need it on the CPU")
-    return itemsize
+    raise ValueError(f"{op}: {name} is on {ids.device}; the compiled CPU kernels need it on the CPU")
 
 
 def _check_mask(mask: Tensor, shape: torch.Size) -> Tensor:
@@ -50,7 +50,9 @@ def pack(
     shape = input_ids.shape
     batch, seqlen = shape
     if vocab_size < 0 or type_vocab_size < 0:
-        raise ValueError(f"pack: vocab_size is {vocab_size} and type_vocab_size {type_vocab_size}; neither is negative")
+        raise ValueError(
+            f"pack: vocab_size is {vocab_size} and type_vocab_size {type_vocab_size}; they must not be negative"
+        )
     if batch * seqlen > INT32_MAX:
         raise ValueError(f"pack: input_ids has shape {list(shape)}; batch x seqlen must not exceed {INT32_MAX}")
     mask = mask_bytes = mask_row = mask_column = 0
@@ -98,9 +100,9 @@ def unpack(packed: Tensor, indices: Tensor, positions: int, dtype: torch.dtype) 
         )
     if not 0 <= positions <= INT32_MAX:
         raise ValueError(f"unpack: positions is {positions}; it must lie between 0 and {INT32_MAX}")
-    padded = torch.empty((positions, hidden), dtype=dtype)
+    padded = torch.empty(positions, hidden, dtype=dtype)
     bad = kernels().unpack(
-        packed.data_ptr(), padded.data_ptr(), indices.data_ptr(), packed.stride(0), hidden, tokens, positions,
+        packed.data_ptr(), padded.data_ptr(), indices.data_ptr(), packed.stride()[0], hidden, tokens, positions,
         hidden, packed_dtype, padded_dtype, torch.get_num_threads(),
     )  # fmt: skip
     if bad >= 0:

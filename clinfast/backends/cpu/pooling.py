@@ -19,9 +19,9 @@ def pooling(x: Tensor, cu_seqlens: Tensor, kind: str) -> Tensor:
         check_rows("pooling", "x", x)
     batch = check_boundaries("pooling", "cu_seqlens", cu_seqlens)
     rows, hidden = x.shape
-    out = torch.empty((batch, hidden), dtype=x.dtype)
+    out = torch.empty(batch, hidden, dtype=x.dtype)
     bad = kernels().pooling(
-        x.data_ptr(), out.data_ptr(), cu_seqlens.data_ptr(), x.stride(0), hidden, batch, rows, hidden, code, dtype,
+        x.data_ptr(), out.data_ptr(), cu_seqlens.data_ptr(), x.stride()[0], hidden, batch, rows, hidden, code, dtype,
         torch.get_num_threads(),
     )  # fmt: skip
     if bad >= 0:

@@ -26,19 +26,13 @@ class EagerExecutor:
 
     def all_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
         """[T, H] for all packed tokens."""
-        x = self._embed(weights, request, batch)
-        for layer in weights.layers:
-            x = self._layer(layer, x, batch)
-        return x
+        x = self._whole_layers(weights, self._embed(weights, request, batch), batch)
+        return x if weights.last is None else self._layer(weights.last, x, batch)
 
     def first_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
         """[B, H]: one row a note; the last layer works on those rows alone."""
-        x = self._embed(weights, request, batch)
-        for layer in weights.layers[:-1]:
-            x = self._layer(layer, x, batch)
-        for layer in weights.layers[-1:]:
-            return self._first_rows(layer, x, batch)
-        return self.first_token(x, batch)
+        x = self._whole_layers(weights, self._embed(weights, request, batch), batch)
+        return self.first_token(x, batch) if weights.last is None else self._first_rows(weights.last, x, batch)
 
     def first_token(self, x: Tensor, batch: PackedBatch) -> Tensor:
         """[B, H]: each note's first row; zeros for a note without tokens."""
@@ -49,6 +43,11 @@ class EagerExecutor:
             request.input_ids, request.token_type_ids, batch.indices, weights.word, weights.position,
             weights.token_type, *weights.embedding_norm, self.spec.eps, self.spec.position_offset, weights.dtype,
         )  # fmt: skip
+
+    def _whole_layers(self, weights: PackedWeights, x: Tensor, batch: PackedBatch) -> Tensor:
+        for layer in weights.layers:
+            x = self._layer(layer, x, batch)
+        return x
 
     def _layer(self, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
         shape = (x.shape[0], -1, self.spec.num_heads, self.spec.head_dim)

@@ -1,0 +1,65 @@
+// The layers of a post-LayerNorm encoder in one call: the same kernels in the same order as op by op, without the way
+// back to the caller between them and without fresh memory for each result.
+#include "vec.h"
+
+namespace clinfast {
+namespace CLINFAST_ISA {
+
+void attention(const AttentionArgs &);
+void layer_norm(const LayerNormArgs &);
+void linear(const LinearArgs &);
+
+// Rows of the feed-forward part at a time: its inner activations stay in the last-level cache.
+static constexpr int64_t kSliceRows = 1024;
+
+static int64_t slice_rows(int64_t tokens) { return tokens < kSliceRows ? tokens : kSliceRows; }
+
+static int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// Whole cache lines, so that every part of the workspace starts on one.
+static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
+
+int64_t encoder_workspace_bytes(int64_t tokens, int64_t hidden, int64_t intermediate, DType dtype) {
+  const int64_t size = element_bytes(dtype);
+  return aligned(tokens * 3 * hidden * size) + 2 * aligned(tokens * hidden * size) +
+         aligned(slice_rows(tokens) * intermediate * size);
+}
+
+void encoder(const EncoderArgs &a) {
+  const int64_t hidden = a.num_heads * a.head_dim, size = element_bytes(a.dtype), row = hidden * size;
+  char *x = static_cast<char *>(a.x);
+  char *qkv = static_cast<char *>(a.workspace);
+  char *context = qkv + aligned(a.tokens * 3 * row);
+  char *y = context + aligned(a.tokens * row);
+  char *inner = y + aligned(a.tokens * row);
+
+  auto multiply = [&](const LinearWeights &w, const void *in, const void *residual, void *out, int64_t rows,
+                      int64_t inputs, int64_t outputs, Activation activation) {
+    linear({in, w.packed, w.bias, residual, out, inputs, residual ? outputs : 0, outputs, rows, inputs, outputs,
+            activation, a.dtype, a.num_threads});
+  };
+  auto normalise = [&](const NormWeights &w, void *rows, int64_t count) {
+    layer_norm({rows, nullptr, nullptr, w.weight, w.shift, rows, hidden, 0, hidden, count, hidden, a.eps, a.dtype,
+                a.num_threads});
+  };
+
+  for (int64_t i = 0; i < a.num_layers; i++) {
+    const LayerWeights &layer = a.layers[i];
+    multiply(layer.qkv, x, nullptr, qkv, a.tokens, hidden, 3 * hidden, Activation::none);
+    attention({qkv, qkv + row, qkv + 2 * row, context, 3 * hidden, a.head_dim, 3 * hidden, a.head_dim, 3 * hidden,
+               a.head_dim, hidden, a.head_dim, a.cu_seqlens, a.cu_seqlens, a.seqused_k, a.batch, a.num_heads,
+               a.head_dim, a.scale, a.dtype, a.num_threads});
+    multiply(layer.attention_output, context, x, y, a.tokens, hidden, hidden, Activation::none);
+    normalise(layer.attention_norm, y, a.tokens);
+    for (int64_t start = 0; start < a.tokens; start += kSliceRows) {
+      const int64_t rows = slice_rows(a.tokens - start);
+      char *in = y + start * row, *out = x + start * row;
+      multiply(layer.ffn_in, in, nullptr, inner, rows, hidden, a.intermediate, a.activation);
+      multiply(layer.ffn_out, inner, in, out, rows, a.intermediate, hidden, Activation::none);
+      normalise(layer.output_norm, out, rows);
+    }
+  }
+}
+
+}  // namespace CLINFAST_ISA
+}  // namespace clinfast

@@ -1,0 +1,138 @@
+// y = activation(x @ weight.T + bias) + residual on weights that were laid out once, in panels of kPanel outputs:
+// [panel][step][kPanel] words, where a word is one fp32 value or two bf16 neighbours along the inputs. The next block
+// of the panel is fetched while this one is multiplied, so that few rows cost the larger of memory and arithmetic and
+// not their sum. A row's sum runs over the inputs in the same order whatever rows stand beside it.
+#include "gelu.h"
+#include "linear_tile.h"
+
+namespace clinfast {
+namespace CLINFAST_ISA {
+
+static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static inline Vec tanh_of(Vec x) {
+  // (1 - e) / (1 + e) with e = exp(-2 |x|) loses nothing where e is far from 1; near 0 the odd series is exact.
+  Vec t = abs(x), e = exp(t * Vec::set(-2.0f));
+  Vec far = (Vec::set(1.0f) - e) / (Vec::set(1.0f) + e);
+  Vec square = t * t;
+  Vec p = Vec::set(-0.0088632355f);
+  p = fma(p, square, Vec::set(0.0218694885f));
+  p = fma(p, square, Vec::set(-0.053968254f));
+  p = fma(p, square, Vec::set(0.13333333f));
+  p = fma(p, square, Vec::set(-0.33333333f));
+  Vec near = fma(p * square, t, t);
+  return copy_sign(select_less(t, Vec::set(0.3f), near, far), x);
+}
+
+template <typename T> static inline Vec activate(Vec x, Activation activation) {
+  switch (activation) {
+    case Activation::gelu: return gelu_of<T, GeluKind::erf>(x);
+    case Activation::gelu_tanh: return gelu_of<T, GeluKind::tanh>(x);
+    case Activation::relu: return max(x, Vec::zero());
+    case Activation::tanh: return tanh_of(x);
+    default: return x;
+  }
+}
+
+template <typename T>
+static void finish_rows(const LinearArgs &a, const float *sums, int64_t row, int64_t rows, int64_t column) {
+  const int64_t columns = a.out_features - column < kPanel ? a.out_features - column : kPanel;
+  for (int64_t r = 0; r < rows; r++) {
+    T *out = static_cast<T *>(a.out) + (row + r) * a.out_stride + column;
+    const T *residual =
+        a.residual ? static_cast<const T *>(a.residual) + (row + r) * a.residual_stride + column : nullptr;
+    for_lanes(columns, [&](int64_t i, int n) {
+      Vec y = Vec::load(sums + r * kPanel + i);
+      if (a.bias) y = y + load(a.bias + column + i, n);
+      y = activate<T>(y, a.activation);
+      if (residual) y = y + load(residual + i, n);
+      store(y, out + i, n);
+    });
+  }
+}
+
+// Rows [row, row + rows) of one panel. `sums` has room for rows * kPanel.
+template <typename T>
+static void multiply_panel(const LinearArgs &a, int64_t panel, int64_t row, int64_t rows, float *sums) {
+  using L = Layout<T>;
+  const int64_t steps = L::steps(a.in_features), tiles = divide_up(rows, kTileRows);
+  const typename L::Word *b = static_cast<const typename L::Word *>(a.packed) + panel * steps * kPanel;
+  const T *x = static_cast<const T *>(a.x) + row * a.x_stride;
+  for (int64_t step = 0; step < steps; step += kBlockSteps) {
+    const int64_t count = steps - step < kBlockSteps ? steps - step : kBlockSteps;
+    const typename L::Word *block = b + step * kPanel;
+    // What follows in memory is what this thread multiplies next: the panel's next block, or the next panel.
+    const char *next = reinterpret_cast<const char *>(block + count * kPanel);
+    const int64_t lines = divide_up(count * kPanel * int64_t(sizeof(typename L::Word)), 64 * tiles);
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      const int64_t at = tile * kTileRows, left = rows - at;
+      float *to = sums + at * kPanel;
+      with_constant<kTileRows>(left < kTileRows ? left : int64_t(kTileRows), [&](auto m) {
+        multiply_rows<T, decltype(m)::value>(x + at * a.x_stride, a.x_stride, a.in_features, step, count, block,
+                                             next + tile * lines * 64, lines, step > 0, to);
+      });
+    }
+  }
+  finish_rows<T>(a, sums, row, rows, panel * kPanel);
+}
+
+template <typename T> static void linear_rows(const LinearArgs &a) {
+  if (!a.rows || !a.out_features) return;
+  const int64_t panels = divide_up(a.out_features, kPanel);
+  const int64_t most = kBlockBytes / (kBlockSteps * Layout<T>::kWordInputs * int64_t(sizeof(T)));
+  // Rows are split further where there are more threads than panels.
+  int64_t parts = divide_up(a.rows, most);
+  if (panels < 2 * a.num_threads) parts = parts > divide_up(2 * a.num_threads, panels) ? parts : divide_up(2 * a.num_threads, panels);
+  int64_t block = divide_up(divide_up(a.rows, parts), kTileRows) * kTileRows;
+  block = block < most ? block : most;
+  const int64_t blocks = divide_up(a.rows, block), tasks = blocks * panels;
+  const int threads = thread_count(a.num_threads, tasks, a.rows * a.in_features * a.out_features / 8);
+#pragma omp parallel num_threads(threads)
+  {
+    alignas(64) float sums[kMaxBlockRows * kPanel];
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < tasks; task++) {
+      const int64_t row = task / panels * block;
+      multiply_panel<T>(a, task % panels, row, a.rows - row < block ? a.rows - row : block, sums);
+    }
+  }
+}
+
+template <typename T>
+static void pack_panels(const T *weight, int64_t stride, int64_t in_features, int64_t out_features, void *packed,
+                        int num_threads) {
+  using L = Layout<T>;
+  const int64_t panels = divide_up(out_features, kPanel), steps = L::steps(in_features);
+  T *to = static_cast<T *>(packed);
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+  for (int64_t panel = 0; panel < panels; panel++)
+    for (int64_t step = 0; step < steps; step++)
+      for (int64_t j = 0; j < kPanel; j++)
+        for (int64_t i = 0; i < L::kWordInputs; i++) {
+          const int64_t row = panel * kPanel + j, column = step * L::kWordInputs + i;
+          to[((panel * steps + step) * kPanel + j) * L::kWordInputs + i] =
+              row < out_features && column < in_features ? weight[row * stride + column] : T(0);
+        }
+}
+
+void linear(const LinearArgs &a) {
+  if (a.dtype == DType::f32) linear_rows<float>(a);
+  else linear_rows<bf16_t>(a);
+}
+
+int64_t linear_packed_bytes(int64_t in_features, int64_t out_features, DType dtype) {
+  const int64_t outputs = divide_up(out_features, kPanel) * kPanel;
+  if (dtype == DType::f32) return outputs * Layout<float>::steps(in_features) * 4;
+  return outputs * Layout<bf16_t>::steps(in_features) * Layout<bf16_t>::kWordInputs * 2;
+}
+
+void linear_pack(const void *weight, int64_t stride, int64_t in_features, int64_t out_features, DType dtype,
+                 void *packed, int num_threads) {
+  if (dtype == DType::f32)
+    pack_panels(static_cast<const float *>(weight), stride, in_features, out_features, packed, num_threads);
+  else
+    pack_panels(static_cast<const bf16_t *>(weight), stride, in_features, out_features, packed, num_threads);
+}
+
+}  // namespace CLINFAST_ISA
+}  // namespace clinfast
