@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m clinfast.demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q
 
 lint: $(VENV)/.test
 	$(BIN)/python -m pip install -q ".[lint]" && $(BIN)/ruff check . && $(BIN)/mypy
@@ -22,7 +22,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks run --json benchmarks/results/cpu.json
 
 bench-ops: $(VENV)/.bench
-	$(BIN)/python -m pytest benchmarks/ops -o python_files='bench_*.py' -o python_functions='bench_*'
+	$(BIN)/python -m pytest benchmarks/ops
 
 # For a machine with an NVIDIA GPU; uses the Python packages that are there, and no network.
 gpu-check:

@@ -17,6 +17,7 @@ from torch import nn
 from clinfast import canary, patch
 from clinfast.backends import cpu
 from clinfast.backends.cpu import native
+from clinfast.engine import compiled
 from clinfast.engine.concurrency import available_cores
 from clinfast.engine.encoder import Encoder
 from clinfast.engine.spec import Request, Unsupported
@@ -125,6 +126,7 @@ def _optimize_unit(unit: patch.Unit, options: Options) -> None:
         unit.module, unit.match, encoder, strict=options.strict, inference_only=options.inference_only
     )
     forward.canary_error = error
+    compiled.announce(encoder)
 
 
 def _name(unit: patch.Unit) -> str:

@@ -259,14 +259,11 @@ def _measure(
                     total += time.perf_counter() - begin
                     if number == 0:
                         embeddings[side].append(mean_pool(hidden_states, batch["attention_mask"]))
-                    bar.advance(task)
-                    bar.refresh()
+                    bar.update(task, advance=1, refresh=True)
                 seconds[side].append(total)
-        bar.update(task, description="float64 reference")
-        bar.refresh()
+        bar.update(task, description="float64 reference", refresh=True)
         references = [_reference(reference_model, _first(batch)) for batch in timed]
-        bar.advance(task)
-        bar.refresh()
+        bar.update(task, advance=1, refresh=True)
     return clinfast.report(model), Measured(seconds, embeddings, references, calls[FAST])
 
 

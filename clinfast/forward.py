@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from clinfast.engine import compiled
 from clinfast.engine.spec import Match, NotServed, Request, Unsupported
 from clinfast.guard import Guard
 from clinfast.reason import Reason, StrictError, warn
@@ -154,11 +155,10 @@ class PatchedForward:
     ) -> Any:
         # No counters here: traced Python that counts recompiles at every call.
         request = None if self._paused else armed.guard.admit_compiling(module, args, kwargs)
-        if request is None:
+        output = None if request is None else compiled.forward(armed.encoder, request)
+        if output is None:
             return type(module).forward(module, *args, **kwargs)
-        from clinfast.engine import compiled
-
-        return armed.match.build_output(compiled.forward(armed.encoder, request))
+        return armed.match.build_output(output)
 
     def _after_restore(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if on_top(module, self) and not torch.compiler.is_compiling():  # the wrapper above is gone by now

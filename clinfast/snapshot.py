@@ -117,9 +117,10 @@ class Snapshot:
             i for i, d in enumerate(self.dicts) if d["_forward_hooks"] or d["_forward_pre_hooks"]
         )
         plain, odd = [], []
-        for i, d in enumerate(self.dicts):
+        for i, (sub, d) in enumerate(zip(self.submodules, self.dicts, strict=True)):
             if i in self.ever_hooked or "forward" in d:
-                odd.append((d, dict(d["_forward_hooks"]), d.get("forward")))
+                harmless = {key: hook for key, hook in d["_forward_hooks"].items() if is_capture_hook(hook)}
+                odd.append((d, harmless, d.get("forward") if foreign_forward(sub) is None else None))
             else:
                 plain.append(d)
         return _Accepted(
@@ -221,7 +222,7 @@ def _parameter_difference(where: str, now: dict[str, Any], then: dict[str, Any])
         if parameter is then[name]:
             continue
         if type(parameter) is not nn.Parameter:
-            kind = type(parameter).__qualname__
+            kind = type(parameter).__name__
             return Reason(f"{where}.{name} is a {kind}, not an nn.Parameter", "put plain parameters back")
         if then[name] is None or parameter.shape != then[name].shape:
             return Reason(f"{where}.{name} changed its shape after optimize()", AGAIN)

@@ -8,80 +8,96 @@ from __future__ import annotations
 
 import collections
 import json
-import threading
 import weakref
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from clinfast.engine.concurrency import gate, single_thread_if_forked
-from clinfast.engine.encoder import PRECISIONS, Encoder, run, unpack
+from clinfast.engine.concurrency import ForkSafeLock, gate, single_thread_if_forked
+from clinfast.engine.encoder import Encoder, resolve_precision, run, unpack
 from clinfast.engine.executors import EagerExecutor, NativeExecutor
 from clinfast.engine.packing import pack
-from clinfast.engine.spec import EncoderOutput, EncoderSpec, HeadSpec, NotServed, ParameterRef, Request
+from clinfast.engine.spec import (
+    EncoderOutput,
+    EncoderSpec,
+    HeadSpec,
+    NotServed,
+    ParameterRef,
+    Request,
+    Unsupported,
+)
 from clinfast.engine.weights import Fingerprint, PackedWeights, pack_weights
 from clinfast.ops.registry import library
 
 KEPT = 4
 
-_encoders: weakref.WeakValueDictionary[tuple[str, int], Encoder] = weakref.WeakValueDictionary()
+_encoders: weakref.WeakSet[Encoder] = weakref.WeakSet()
 _made: collections.OrderedDict[tuple[str, int], tuple[PackedWeights, Fingerprint]] = collections.OrderedDict()
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 
 
-def describe_call(encoder: Encoder) -> str:
-    """Everything that the op must know besides tensors, as one constant string."""
-    precision = next(name for name, dtype in PRECISIONS.items() if dtype is encoder.dtype)
-    return json.dumps(
-        {
-            "spec": encoder.spec.to_json(),
-            "head": [encoder.head.kind, encoder.head.pooler, encoder.head.classifier],
-            "precision": precision,
-            "backend": encoder.backend,
-            "padding": encoder.padding,
-        }
-    )
+class _Call(NamedTuple):
+    """`Encoder.call`, read back."""
+
+    spec: EncoderSpec
+    head: HeadSpec
+    precision: str
+    backend: str
+    padding: str
+
+    @classmethod
+    def from_json(cls, text: str) -> _Call:
+        facts = json.loads(text)
+        return cls(**{**facts, "spec": EncoderSpec.from_json(facts["spec"]), "head": HeadSpec(*facts["head"])})
 
 
 def announce(encoder: Encoder) -> None:
     """Let the op share this encoder's packed weights instead of packing a second copy."""
-    _encoders[(encoder.call, encoder.refs[0].tensor().data_ptr())] = encoder
+    _encoders.add(encoder)
 
 
-def forward(encoder: Encoder, request: Request) -> EncoderOutput:
-    """What the patched forward calls while it is being traced."""
+def forward(encoder: Encoder, request: Request) -> EncoderOutput | None:
+    """What the patched forward calls while it is being traced; None where the model's dtype is not served."""
     weights = [ref.module._parameters[ref.name] for ref in encoder.refs]
-    found = torch.ops.clinfast.encode(
-        request.input_ids, request.attention_mask, request.token_type_ids, weights, encoder.call
-    )
-    return _named(encoder.head, found)
-
-
-def _named(head: HeadSpec, found: list[Tensor]) -> EncoderOutput:
-    if head.classifier:
+    if not _serves(encoder.precision, weights[0].dtype):
+        return None
+    with torch.no_grad():
+        found = torch.ops.clinfast.encode(
+            request.input_ids, request.attention_mask, request.token_type_ids, weights, encoder.call
+        )
+    if encoder.head.classifier:
         return EncoderOutput(None, None, found[0])
-    return EncoderOutput(found[0], found[1] if head.pooler else None, None)
+    return EncoderOutput(found[0], found[1] if encoder.head.pooler else None, None)
+
+
+def _serves(precision: str, model_dtype: torch.dtype) -> bool:
+    try:
+        resolve_precision(precision, model_dtype)
+    except Unsupported:
+        return False
+    return True
+
+
+# What torch.compiler.assume_constant_result does, without importing torch._dynamo for it.
+_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _encode(
     input_ids: Tensor, mask: Tensor | None, token_type_ids: Tensor | None, weights: list[Tensor], call: str
 ) -> list[Tensor]:
     single_thread_if_forked()
-    facts = json.loads(call)
-    spec, head = EncoderSpec.from_json(facts["spec"]), HeadSpec(*facts["head"])
-    executor = NativeExecutor(spec, facts["backend"])
-    request, padding, dtype = Request(input_ids, mask, token_type_ids), facts["padding"], weights[0].dtype
+    facts = _Call.from_json(call)
+    executor = NativeExecutor(facts.spec, facts.backend)
+    request, dtype = Request(input_ids, mask, token_type_ids), weights[0].dtype
     with gate.room(), torch.no_grad():
-        packed = _find(call, facts, spec, head, weights)
+        packed = _find(call, facts, weights)
         try:
-            out = run(executor, packed, head, request, padding, dtype)
+            out = run(executor, packed, facts.head, request, facts.padding, dtype)
         except NotServed:
-            out = _run_on_column_zero(executor, packed, head, request, dtype)
-    return [x for x in (out.logits,) if head.classifier and x is not None] or [
-        x for x in (out.hidden_states, out.pooled) if x is not None
-    ]
+            out = _run_on_column_zero(executor, packed, facts.head, request, dtype)
+    return [x for x in ((out.logits,) if facts.head.classifier else (out.hidden_states, out.pooled)) if x is not None]
 
 
 def _run_on_column_zero(
@@ -98,37 +114,39 @@ def _run_on_column_zero(
     return EncoderOutput(None, None, weights.classifier(pooled).to(dtype))
 
 
-def _find(call: str, facts: dict[str, Any], spec: EncoderSpec, head: HeadSpec, weights: list[Tensor]) -> PackedWeights:
-    key = (call, weights[0].data_ptr())
-    encoder = _encoders.get(key)
-    if encoder is not None and all(
-        ref.tensor().data_ptr() == w.data_ptr() for ref, w in zip(encoder.refs, weights, strict=True)
-    ):
-        return encoder.weights()
+def _find(call: str, facts: _Call, weights: list[Tensor]) -> PackedWeights:
+    pointers = _pointers(weights)
+    for encoder in _encoders:
+        if encoder.call == call and _pointers([ref.tensor() for ref in encoder.refs]) == pointers:
+            return encoder.weights()
+    key = call, pointers[0]
     with _lock:
         entry = _made.get(key)
-        names = spec.parameter_names() + head.parameter_names()
-        if (
-            entry is None
-            or entry[1].changed() is not None
-            or any(held.data_ptr() != w.data_ptr() for held, w in zip(entry[1].held, weights, strict=True))
-        ):
-            holder = SimpleNamespace(_parameters=dict(zip(names, weights, strict=True)))
-            fingerprint = Fingerprint([ParameterRef(holder, name) for name in names])  # type: ignore[arg-type]
-            dtype = PRECISIONS[facts["precision"]]
-            entry = pack_weights(spec, head, holder._parameters, dtype, facts["backend"]), fingerprint
-            _made[key] = entry
+        if entry is None or entry[1].changed() is not None or _pointers(entry[1].held) != pointers:
+            entry = _made[key] = _make(facts, weights)
             while len(_made) > KEPT:
                 _made.popitem(last=False)
         _made.move_to_end(key)
         return entry[0]
 
 
+def _pointers(tensors: list[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _make(facts: _Call, weights: list[Tensor]) -> tuple[PackedWeights, Fingerprint]:
+    names = facts.spec.parameter_names() + facts.head.parameter_names()
+    tensors = dict(zip(names, weights, strict=True))
+    holder: Any = SimpleNamespace(_parameters=tensors)
+    fingerprint = Fingerprint([ParameterRef(holder, name) for name in names])
+    dtype = resolve_precision(facts.precision, weights[0].dtype)
+    return pack_weights(facts.spec, facts.head, tensors, dtype, facts.backend), fingerprint
+
+
 def _fake(
     input_ids: Tensor, mask: Tensor | None, token_type_ids: Tensor | None, weights: list[Tensor], call: str
 ) -> list[Tensor]:
-    facts = json.loads(call)
-    head = HeadSpec(*facts["head"])
+    head = _Call.from_json(call).head
     like = weights[0]
     batch, seqlen = input_ids.shape
     if head.classifier:

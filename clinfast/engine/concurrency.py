@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,29 +16,67 @@ import torch
 
 
 class Gate:
+    """Lets so many threads in; a thread that is inside already passes, since it must not wait for itself."""
+
     def __init__(self) -> None:
-        self._reset()
+        self.renew()
 
-    def _reset(self) -> None:
-        self._condition = threading.Condition(threading.Lock())
+    def renew(self) -> None:
+        self._condition = threading.Condition()
         self._running = 0
-
-    def after_fork(self) -> None:
-        self._reset()
+        self._own = threading.local()
 
     @contextmanager
     def room(self) -> Iterator[None]:
-        limit = max(1, available_cores() // torch.get_num_threads())
-        with self._condition:
-            while self._running >= limit:
-                self._condition.wait()
-            self._running += 1
+        own = self._own
+        if getattr(own, "inside", False):
+            yield
+            return
+        self._enter(max(1, available_cores() // torch.get_num_threads()))
+        own.inside = True
         try:
             yield
         finally:
-            with self._condition:
-                self._running -= 1
+            own.inside = False
+            self._leave()
+
+    def _enter(self, limit: int) -> None:
+        with self._condition:
+            try:
+                while self._running >= limit:
+                    self._condition.wait()
+            except BaseException:  # an interrupted waiter hands on the notice that it may have got
                 self._condition.notify()
+                raise
+            self._running += 1
+
+    def _leave(self) -> None:
+        with self._condition:
+            self._running -= 1
+            # All, since limits differ between threads: the one that a single notice reaches may have to wait on.
+            self._condition.notify_all()
+
+
+class ForkSafeLock:
+    """A lock that is free in a forked child, whoever held it in the parent."""
+
+    __slots__ = ("__weakref__", "_lock")
+
+    def __init__(self) -> None:
+        self.renew()
+        _locks.add(self)
+
+    def renew(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+
+_locks: weakref.WeakSet[ForkSafeLock] = weakref.WeakSet()
 
 
 def available_cores() -> int:
@@ -55,7 +94,9 @@ gate = Gate()
 def _after_fork_in_child() -> None:
     global _forked
     _forked = True
-    gate.after_fork()
+    gate.renew()
+    for lock in _locks:
+        lock.renew()
 
 
 def single_thread_if_forked() -> None:

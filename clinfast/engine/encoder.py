@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import threading
+import json
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from clinfast.engine import reproducibility
-from clinfast.engine.concurrency import gate, single_thread_if_forked
+from clinfast.engine.concurrency import ForkSafeLock, gate, single_thread_if_forked
 from clinfast.engine.executors import EagerExecutor, NativeExecutor
 from clinfast.engine.packing import PackedBatch, pack
 from clinfast.engine.spec import EncoderOutput, EncoderSpec, HeadSpec, Match, Request, Unsupported
@@ -68,8 +68,18 @@ class Encoder:
         self.model_dtype = first.dtype
         self.dtype = resolve_precision(precision, self.model_dtype)
         self.precision, self.backend, self.padding = precision, backend, padding
+        # What `clinfast::encode` must know besides tensors. It names the option, not the dtype that it now means.
+        self.call = json.dumps(
+            {
+                "spec": self.spec.to_json(),
+                "head": [self.head.kind, self.head.pooler, self.head.classifier],
+                "precision": precision,
+                "backend": backend,
+                "padding": padding,
+            }
+        )
         self._executor = NativeExecutor(self.spec, backend)
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._packed: tuple[PackedWeights, Fingerprint] | None = None
         self.packs = 0
         self.pack()

@@ -15,8 +15,6 @@ static constexpr int64_t kMaxRows = 384, kMinRows = 48;
 static constexpr int64_t kPackRows = 8;
 // Below this many multiply-adds (about 3 us), waking a team costs more than it gains.
 static constexpr int64_t kSerialWork = 1 << 17;
-// Up to this many rows, values are read in place where the tile can.
-static constexpr int64_t kDirectRows = 48;
 
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -38,8 +36,8 @@ static Scratch thread_scratch(int64_t head_dim) {
     float **part;
     int64_t floats;
   } parts[] = {{&s.keys, head_dim * s.block_keys}, {&s.values, width * s.block_keys},
-               {&s.queries, kGroupRows * kPanelStride}, {&s.scores, kGroupRows * kPanelStride},
-               {&s.weights, kGroupRows * kPanelStride}, {&s.out, kMaxRows * width},
+               {&s.queries, kRows * kPanelStride}, {&s.scores, kRows * kPanelStride},
+               {&s.weights, kRows * kPanelStride}, {&s.out, kMaxRows * width},
                {&s.maximum, kMaxRows},             {&s.sum, kMaxRows}};
   size_t bytes = 0;
   for (const auto &p : parts) bytes += size_t(round_up(p.floats, 16)) * sizeof(float);
@@ -55,12 +53,6 @@ static Scratch thread_scratch(int64_t head_dim) {
     at += size_t(round_up(p.floats, 16)) * sizeof(float);
   }
   return s;
-}
-
-// f(number of rows as a constant, first row) for each register tile of `rows`.
-template <typename F> static inline void for_tiles(int64_t rows, F &&f) {
-  for (int64_t row = 0; row < rows; row += kRows)
-    with_constant<kRows>(rows - row < kRows ? rows - row : kRows, [&](auto m) { f(m, row); });
 }
 
 template <typename T> struct Item {
@@ -80,29 +72,25 @@ template <typename T, bool Pairs> struct Attention {
         depth(Pairs ? (head_dim + 1) / 2 : head_dim), width(round_up(head_dim, Vec::N)),
         factor(float(double(args.scale) * 1.44269504088896341)) {}
 
-  // Rows [row, row + rows) of the item against its keys [key, key + keys).
-  void group(const Item<T> &item, int64_t row, int64_t rows, int64_t key, int64_t keys, bool values_in_place) {
+  // M rows of the item from `row` on, against its keys [key, key + keys).
+  template <int M> void panel(const Item<T> &item, int64_t row, int64_t key, int64_t keys) {
     const bool first = key == 0, last = key + keys == item.keys;
     const T *v = item.v + key * a.v_token_stride;
-    pack_queries<Pairs>(item.q + row * a.q_token_stride, a.q_token_stride, rows, head_dim, s.queries);
+    pack_queries<Pairs>(item.q + row * a.q_token_stride, a.q_token_stride, M, head_dim, s.queries);
 
-    Vec row_max[kGroupRows];
-    for (int64_t i = 0; i < rows; i++) row_max[i] = Vec::set(-__builtin_inff());
+    Vec row_max[M];
+    for (int i = 0; i < M; i++) row_max[i] = Vec::set(-__builtin_inff());
     for (int64_t j = 0; j < keys; j += kTileKeys) {
       const int64_t tile_keys = keys - j < kTileKeys ? keys - j : kTileKeys;
       float *tile = s.keys + j * depth;
       if (row == 0)
         pack_keys<Pairs>(item.k + (key + j) * a.k_token_stride, a.k_token_stride, tile_keys, head_dim, tile);
-      for_tiles(rows, [&](auto m, int64_t i) {
-        const int64_t at = i * kPanelStride;
-        score_tile<Pairs, decltype(m)::value>(s.queries + at, tile, depth, factor, tile_keys, s.scores + at + j,
-                                              row_max + i);
-      });
+      score_tile<Pairs, M>(s.queries, tile, depth, factor, tile_keys, s.scores + j, row_max);
     }
 
-    float scale[kGroupRows], rescale[kGroupRows];
+    float scale[M], rescale[M];
     float *weights = Pairs ? s.weights : s.scores;
-    for (int64_t i = 0; i < rows; i++) {
+    for (int i = 0; i < M; i++) {
       const float before = first ? -__builtin_inff() : s.maximum[row + i];
       float maximum = row_max[i].max();
       if (before > maximum) maximum = before;
@@ -116,29 +104,30 @@ template <typename T, bool Pairs> struct Attention {
       scale[i] = 1.0f / sum;
     }
 
-    if (row == 0 && !values_in_place) pack_values<Pairs>(v, a.v_token_stride, keys, head_dim, width, s.values);
-    const float *values = values_in_place ? reinterpret_cast<const float *>(v) : s.values;
-    const int64_t value_stride = values_in_place ? a.v_token_stride : width;
+    const bool in_place = values_in_place();
+    if (row == 0 && !in_place) pack_values<Pairs>(v, a.v_token_stride, keys, head_dim, width, s.values);
+    const float *values = in_place ? reinterpret_cast<const float *>(v) : s.values;
+    const int64_t value_stride = in_place ? a.v_token_stride : width;
     const int64_t steps = Pairs ? (keys + 1) / 2 : keys;
     const int64_t vecs = width / Vec::N, chunks = (vecs + kTileVecs - 1) / kTileVecs;
-    for_tiles(rows, [&](auto m, int64_t r) {
-      for (int64_t chunk = 0, begin = 0; chunk < chunks; chunk++) {
-        const int64_t end = vecs * (chunk + 1) / chunks;
-        with_constant<kTileVecs>(end - begin, [&](auto n) {
-          multiply_tile<Pairs, decltype(m)::value, decltype(n)::value>(
-              weights + r * kPanelStride, values + begin * Vec::N, value_stride, steps, [&](int i, int j, Vec c) {
-                const int64_t column = (begin + j) * Vec::N, rest = head_dim - column;
-                float *partial = s.out + (row + r + i) * width + column;
-                if (!first) c = fma(Vec::load(partial), Vec::set(rescale[r + i]), c);
-                if (!last) return c.store(partial);
-                store(c * Vec::set(scale[r + i]), item.out + (row + r + i) * a.out_token_stride + column,
-                      rest < Vec::N ? int(rest) : Vec::N);
-              });
-        });
-        begin = end;
-      }
-    });
+    for (int64_t chunk = 0, begin = 0; chunk < chunks; chunk++) {
+      const int64_t end = vecs * (chunk + 1) / chunks;
+      with_constant<kTileVecs>(end - begin, [&](auto n) {
+        multiply_tile<Pairs, M, decltype(n)::value>(
+            weights, values + begin * Vec::N, value_stride, steps, [&](int i, int j, Vec c) {
+              const int64_t column = (begin + j) * Vec::N, rest = head_dim - column;
+              float *partial = s.out + (row + i) * width + column;
+              if (!first) c = fma(Vec::load(partial), Vec::set(rescale[i]), c);
+              if (!last) return c.store(partial);
+              store(c * Vec::set(scale[i]), item.out + (row + i) * a.out_token_stride + column,
+                    rest < Vec::N ? int(rest) : Vec::N);
+            });
+      });
+      begin = end;
+    }
   }
+
+  bool values_in_place() const { return sizeof(T) == sizeof(float) && width == head_dim; }
 
   void run(const Item<T> &item) {
     if (item.keys == 0) {
@@ -146,12 +135,11 @@ template <typename T, bool Pairs> struct Attention {
         memset(item.out + row * a.out_token_stride, 0, size_t(head_dim) * sizeof(T));
       return;
     }
-    const bool values_in_place = sizeof(T) == 4 && width == head_dim && item.rows <= kDirectRows;
     for (int64_t key = 0; key < item.keys; key += s.block_keys) {
       const int64_t keys = item.keys - key < s.block_keys ? item.keys - key : s.block_keys;
-      const int64_t step = keys <= GK4 ? kGroupRows : keys <= GK2 ? kGroupRows / 2 : kRows;
-      for (int64_t row = 0; row < item.rows; row += step)
-        group(item, row, item.rows - row < step ? item.rows - row : step, key, keys, values_in_place);
+      for (int64_t row = 0; row < item.rows; row += kRows)
+        with_constant<kRows>(item.rows - row < kRows ? item.rows - row : kRows,
+                             [&](auto m) { panel<decltype(m)::value>(item, row, key, keys); });
     }
   }
 };

@@ -8,8 +8,7 @@
 namespace clinfast {
 namespace CLINFAST_ISA {
 
-static constexpr int kRows = 6;       // of one register tile
-static constexpr int kGroupRows = 24;  // whose scores live in L1 together where the keys are few
+static constexpr int kRows = 6;
 #if defined(CLINFAST_AVX512) || defined(__aarch64__)
 static constexpr int kTileVecs = 4;  // 32 registers
 #else

@@ -93,7 +93,7 @@ def test_classifier_at_real_width(dtype, thread_count):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_more_rows_than_one_slice_of_the_ffn(dtype, thread_count):
     """2,049 packed rows are cut into slices, the last of them one row."""
-    model = clinfast.optimize(make("no-pooler", dtype=dtype, num_hidden_layers=1, max_position_embeddings=512))
+    model = clinfast.optimize(make("no-pooler", dtype=dtype, num_hidden_layers=1, max_position_embeddings=544))
     lengths = [512, 512, 512, 512, 1]
     assert sum(lengths) == 2049
     check(model, notes(lengths))
