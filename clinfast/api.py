@@ -114,16 +114,18 @@ def optimize(
 
 
 def _optimize_unit(unit: patch.Unit, options: Options) -> None:
+    match = unit.match
+    assert match is not None
     encoder = Encoder(
-        unit.match,
+        match,
         precision=options.precision,
         backend=options.backend,
         padding=options.padding,
         reproducible=options.reproducible,
     )
-    error = canary.check(unit.module, unit.match, encoder)
+    error = canary.check(unit.module, match, encoder)
     forward = patch.bind(
-        unit.module, unit.match, encoder, strict=options.strict, inference_only=options.inference_only
+        unit.module, match, encoder, strict=options.strict, inference_only=options.inference_only
     )
     forward.canary_error = error
     compiled.announce(encoder)

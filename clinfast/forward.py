@@ -15,7 +15,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
+from types import CodeType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -75,9 +75,7 @@ class PatchedForward:
         self._paused = 0
         self._paused_here = _PerThread()
 
-    def arm(
-        self, module: nn.Module, match: Match, encoder: Encoder, *, strict: bool, inference_only: bool
-    ) -> None:
+    def arm(self, module: nn.Module, match: Match, encoder: Encoder, *, strict: bool, inference_only: bool) -> None:
         self.strict, self.inference_only = strict, inference_only
         self.calls_fast = self.calls_stock = 0
         self.canary_error: float | None = None
@@ -123,10 +121,14 @@ class PatchedForward:
     def module(self) -> nn.Module:
         module = self._module()
         if module is None:
-            raise ReferenceError(
-                "the model of this forward no longer exists; keep the model, not model.forward"
-            )
+            raise ReferenceError("the model of this forward no longer exists; keep the model, not model.forward")
         return module
+
+    @property
+    def __code__(self) -> CodeType:
+        """Stock's, for torch.export, which names the program after it."""
+        code: CodeType = type(self.module).forward.__code__
+        return code
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module, armed = self.module, self._armed
@@ -150,9 +152,7 @@ class PatchedForward:
             return armed.match.build_output(output)
         return self._fall_back(module, armed, reason, args, kwargs)
 
-    def _compiling(
-        self, module: nn.Module, armed: _Armed, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _compiling(self, module: nn.Module, armed: _Armed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # No counters here: traced Python that counts recompiles at every call.
         request = None if self._paused else armed.guard.admit_compiling(module, args, kwargs)
         output = None if request is None else compiled.forward(armed.encoder, request)

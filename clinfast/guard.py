@@ -43,9 +43,7 @@ GRAD = Reason(
     dirties=True,
 )
 AUTOCAST = Reason("autocast is on", "leave autocast, and choose the precision in optimize()")
-TRACING = Reason(
-    "the model is being traced or exported", "the exported program holds the stock model", quiet=True
-)
+TRACING = Reason("the model is being traced or exported", "the exported program holds the stock model", quiet=True)
 MODE = Reason("a torch dispatch or function mode is active", "leave it to get the fast path")
 FUNCTORCH = Reason("a torch.func transform is active", "call the model outside of it to get the fast path")
 CLASS_CHANGED = Reason("the model's class or its forward was changed after optimize()", "optimize() it again")
@@ -90,10 +88,13 @@ class Guard:
             return TRAINING if module.training else GRAD
         if os.environ.get("CLINFAST_DISABLE", "0") not in ("0", ""):
             return SWITCHED_OFF
-        device = self.word["weight"].device  # type: ignore[union-attr]
         if type(module) is not self.cls or self.cls.forward is not self.stock:
             return CLASS_CHANGED
-        found = _ambient(device) or self.snapshot.reason(module)
+        found = self.snapshot.reason(module)
+        if found is not None:
+            return found
+        device = self.word["weight"].device  # type: ignore[union-attr]
+        found = _ambient(device)
         if found is not None:
             return found
         inputs = self._inputs(args, kwargs)
@@ -101,19 +102,13 @@ class Guard:
             return inputs
         return Request(*inputs) if self._fit(*inputs, device) else self._misfit(*inputs, device)
 
-    def admit_compiling(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Request | None:
+    def admit_compiling(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request | None:
         """`admit` in code that torch.compile traces: no values, no pointers, no words.
 
         Hooks, swapped submodules and frozen parameters are looked at while tracing and taken for granted
         after, as `torch.compile` itself does with hooks.
         """
-        if (
-            module.training
-            or torch.compiler.is_exporting()
-            or not _settled(self, module, torch.is_grad_enabled())
-        ):
+        if module.training or torch.compiler.is_exporting() or not _settled(self, module, torch.is_grad_enabled()):
             return None
         device = _device(self)
         if torch.is_autocast_enabled(device.type):
@@ -153,26 +148,14 @@ class Guard:
         return ids, mask, types
 
     def _fit(self, ids: Any, mask: Any, types: Any, device: torch.device) -> bool:
-        if type(ids) is not Tensor or ids.dtype not in ID_DTYPES or ids.dim() != 2 or ids.device != device:
+        if not _plain(ids, ID_DTYPES, device) or ids.dim() != 2:
             return False
         shape = ids.shape
         if not 0 < shape[1] <= self.columns or not shape[0]:
             return False
-        if mask is not None and not (
-            type(mask) is Tensor
-            and mask.dtype in MASK_DTYPES
-            and mask.layout is torch.strided
-            and mask.shape == shape
-            and mask.device == device
-        ):
+        if mask is not None and not (_plain(mask, MASK_DTYPES, device) and mask.shape == shape):
             return False
-        return types is None or (
-            type(types) is Tensor
-            and types.dtype in ID_DTYPES
-            and types.layout is torch.strided
-            and types.shape == shape
-            and types.device == device
-        )
+        return types is None or (_plain(types, ID_DTYPES, device) and types.shape == shape)
 
     def _misfit(self, ids: Any, mask: Any, types: Any, device: torch.device) -> Reason:
         """Why `_fit` said no."""
@@ -204,7 +187,7 @@ class Guard:
                     f"{name} does not have the shape of input_ids",
                     f"{name} has shape {list(value.shape)}, but input_ids has shape {shape}",
                 )
-        return Reason("input_ids is not a dense tensor", "pass a dense tensor")
+        return OTHER
 
 
 def _ambient(device: torch.device) -> Reason | None:
@@ -241,18 +224,29 @@ _settled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _plain(value: Any, dtypes: tuple[torch.dtype, ...], device: torch.device) -> bool:
+    return (
+        type(value) is Tensor
+        and value.dtype in dtypes
+        and value.layout is torch.strided
+        and value.device == device
+        and not value.is_nested
+    )
+
+
 def _not_plain(
     name: str, value: Any, dtypes: tuple[torch.dtype, ...], words: str, device: torch.device
 ) -> Reason | None:
     if value is None:
-        return Reason(f"no {name}", f"pass {name} as a tensor")
+        return _mistake(f"no {name}", f"{name} is missing; pass it as a tensor")
     if type(value) is not Tensor:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         return _mistake(f"{name} is not a plain tensor", f"{name} is a {kind}; a torch.Tensor is needed")
     if value.dtype not in dtypes:
         return _mistake(f"the dtype of {name}", f"{name} is {value.dtype}; {words} is served")
-    if value.layout is not torch.strided:
-        return _mistake(f"{name} is not a dense tensor", f"{name} has layout {value.layout}; dense is needed")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout)
+        return _mistake(f"{name} is not a dense tensor", f"{name} is {kind}; a dense tensor is needed")
     if value.device != device:
         return _mistake(
             f"{name} is not on the model's device",

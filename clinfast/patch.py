@@ -176,9 +176,7 @@ def find_refused(target: Any) -> list[tuple[str, nn.Module, str]]:
     """Modules in `target` that were left stock: path, module, reason."""
     root, prefix = _root(target)
     return [
-        (path, module, _refused[module])
-        for path, module in root.named_modules(prefix=prefix)
-        if module in _refused
+        (path, module, _refused[module]) for path, module in root.named_modules(prefix=prefix) if module in _refused
     ]
 
 

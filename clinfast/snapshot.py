@@ -113,9 +113,7 @@ class Snapshot:
         configs = [config] + [d["config"] for d in self.dicts if "config" in d]
         distinct = list({id(c): c for c in configs if c is not None}.values())
         hooks_made = RemovableHandle.next_id
-        self.ever_hooked.update(
-            i for i, d in enumerate(self.dicts) if d["_forward_hooks"] or d["_forward_pre_hooks"]
-        )
+        self.ever_hooked.update(i for i, d in enumerate(self.dicts) if d["_forward_hooks"] or d["_forward_pre_hooks"])
         plain, odd = [], []
         for i, (sub, d) in enumerate(zip(self.submodules, self.dicts, strict=True)):
             if i in self.ever_hooked or "forward" in d:

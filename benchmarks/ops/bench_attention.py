@@ -19,7 +19,7 @@ BATCHES = [
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("lengths", BATCHES)
 def bench_self_attention(benchmark, lengths, model, dtype):
-    """Stock is the masked attention over the padded batch that transformers runs; its layout changes are not timed."""
+    """Stock is the masked attention over the padded batch, as transformers runs it, less its layout changes."""
     hidden, _, heads = model
     head_dim, tokens, batch, seqlen = hidden // heads, sum(lengths), len(lengths), max(lengths)
     packed = torch.randn(tokens, 3, heads, head_dim).to(dtype)

@@ -30,7 +30,11 @@ def bench_prepacked_linear(benchmark, tokens, model, layer, dtype):
         return op.reference(x, weight, bias, activation, residual)
 
     exact = op.reference(
-        x.double(), weight.double(), bias.double(), activation, None if residual is None else residual.double()
+        x.double(),
+        weight.double(),
+        bias.double(),
+        activation,
+        None if residual is None else residual.double(),
     )
     assert_parity(run_ours(), run_stock(), exact)
     compare(benchmark, run_ours, run_stock)

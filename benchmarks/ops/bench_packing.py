@@ -35,7 +35,7 @@ def bench_pack(benchmark, lengths, seqlen):
         cu_seqlens = functional.pad(used.cumsum(0, dtype=torch.int32), (1, 0))
         low, high = input_ids.aminmax()
         type_low, type_high = types.aminmax()
-        fits = 0 <= int(low) and int(high) < VOCAB and 0 <= int(type_low) and int(type_high) < TYPES
+        fits = int(low) >= 0 and int(high) < VOCAB and int(type_low) >= 0 and int(type_high) < TYPES
         return cu_seqlens, mask.flatten().nonzero().flatten().int(), int(used.max()), fits
 
     for a, b in zip(run_ours(), run_stock(), strict=True):

@@ -4,8 +4,8 @@ Run them with
 
     pytest benchmarks/ops -o python_files=bench_*.py -o python_functions=bench_* --benchmark-json=ops.json
 
-A benchmark's `extra_info` holds `ours_us` and `stock_us`, medians a call in microseconds, and `ratio`, the median over
-the rounds of stock / ours.
+A benchmark's `extra_info` holds `ours_us` and `stock_us`, medians a call in microseconds, and `ratio`, the
+median over the rounds of stock / ours.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Pure PyTorch: every op, every platform, no compiled code. Slower than the compiled kernels, same results."""
+"""Pure PyTorch: every op, every platform, no compiled code; slower than the kernels, same results."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -77,7 +78,7 @@ def pack(
     type_vocab_size: int,
     keep_padding: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """No value is fetched to the host: on an accelerator the caller's one transfer of `facts` is the first."""
+    """Fetches no value to the host: on an accelerator the caller's transfer of `facts` is the first."""
     (batch, seqlen), device = input_ids.shape, input_ids.device
     kept = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.ne(0)
     seqused_k = kept.sum(1, dtype=torch.int32)
@@ -127,7 +128,7 @@ def pooling(x: Tensor, cu_seqlens: Tensor, kind: str) -> Tensor:
         raise ValueError(f"pooling: kind is {kind!r}; choose 'first_token', 'mean' or 'max'")
     bounds = cu_seqlens.tolist()
     out = x.new_zeros((len(bounds) - 1, x.shape[1]))
-    for note, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for note, (begin, end) in enumerate(itertools.pairwise(bounds)):
         if begin < end:
             rows = x[begin:end]
             out[note] = rows[0] if kind == "first_token" else rows.mean(0) if kind == "mean" else rows.amax(0)
@@ -147,7 +148,7 @@ def attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     queries, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     batch = len(queries) - 1
-    used = [b - a for a, b in zip(keys, keys[1:], strict=False)] if seqused_k is None else seqused_k.tolist()
+    used = [b - a for a, b in itertools.pairwise(keys)] if seqused_k is None else seqused_k.tolist()
     lengths = [(queries[b + 1] - queries[b], keys[b + 1] - keys[b], used[b]) for b in range(batch)]
     begin = 0
     while begin < batch:

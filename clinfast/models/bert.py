@@ -44,9 +44,7 @@ def activation(module: Any, path: str) -> Activation:
         return ACTIVATIONS[name]
     if callable(module) and not isinstance(module, nn.Module) and module.__hash__ and module in FUNCTIONS:
         return FUNCTIONS[module]
-    raise Unsupported(
-        f"{path} is {name}; hidden_act 'gelu', 'gelu_new', 'gelu_pytorch_tanh' or 'relu' is served"
-    )
+    raise Unsupported(f"{path} is {name}; hidden_act 'gelu', 'gelu_new', 'gelu_pytorch_tanh' or 'relu' is served")
 
 
 class _Reader:
@@ -100,9 +98,7 @@ class _Reader:
         tables = []
         for canonical, name in (("word", "word"), ("position", "position"), ("token_type", "token_type")):
             attribute = f"{name}_embeddings"
-            table = checks.embedding(
-                getattr(embeddings, attribute), f"{path}.{attribute}", word.weight.shape[1]
-            )
+            table = checks.embedding(getattr(embeddings, attribute), f"{path}.{attribute}", word.weight.shape[1])
             self.add(f"embedding.{canonical}", table, bias=False)
             tables.append(table.weight)
         norm = checks.layer_norm(embeddings.LayerNorm, f"{path}.LayerNorm", tables[0].shape[1])
@@ -171,9 +167,7 @@ class _Reader:
         for name in ("num_attention_heads", "attention_head_size", "scaling", "is_causal"):
             self._constant(attention, name)
         for name in ("query", "key", "value"):
-            self.add(
-                f"{to}.{name}", checks.linear(getattr(attention, name), f"{path}.{name}", hidden, hidden)
-            )
+            self.add(f"{to}.{name}", checks.linear(getattr(attention, name), f"{path}.{name}", hidden, hidden))
         checks.exact(attention.dropout, f"{path}.dropout", nn.Dropout)
         return {
             "num_heads": num_heads,
@@ -210,9 +204,7 @@ def with_head(model: Any, make_head: Callable[[], tuple[Any, heads.BuildOutput]]
         _pooler(reader, model.bert.pooler)
     checks.exact(model.dropout, "dropout", nn.Dropout)
     checks.exact(model.classifier, "classifier", nn.Linear)
-    classifier = checks.linear(
-        model.classifier, "classifier", reader.spec.hidden_size, model.classifier.out_features
-    )
+    classifier = checks.linear(model.classifier, "classifier", reader.spec.hidden_size, model.classifier.out_features)
     reader.add("classifier", classifier)
     return Match(reader.spec, head, reader.parameters, build, tuple(reader.constants))
 

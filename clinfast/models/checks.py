@@ -28,11 +28,7 @@ def foreign_forward(module: nn.Module) -> Any:
     transformers 4.5x leaves the bound method there after `output_hidden_states=True`; that counts as none.
     """
     forward = module.__dict__.get("forward")
-    if (
-        isinstance(forward, MethodType)
-        and forward.__self__ is module
-        and forward.__func__ is type(module).forward
-    ):
+    if isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward:
         return None
     return forward
 
@@ -68,25 +64,19 @@ def plain_parameters(root: nn.Module) -> None:
         if parameter.is_meta:
             raise Unsupported(f"{path} is on the meta device: the model is offloaded or was never loaded")
         if parameter.layout is not torch.strided or not parameter.is_floating_point():
-            raise Unsupported(
-                f"{path} is {parameter.layout} {parameter.dtype}; a dense floating tensor is needed"
-            )
+            raise Unsupported(f"{path} is {parameter.layout} {parameter.dtype}; a dense floating tensor is needed")
         if first is None:
             first = path, parameter
         for field in ("device", "dtype"):
             here, there = getattr(parameter, field), getattr(first[1], field)
             if here != there:
-                raise Unsupported(
-                    f"{path} has {field} {here} but {first[0]} has {there}; move them to one {field}"
-                )
+                raise Unsupported(f"{path} has {field} {here} but {first[0]} has {there}; move them to one {field}")
 
 
 def exact(module: Any, path: str, cls: type[M]) -> M:
     """`module`, which must be of class `cls` and not of a subclass."""
     if type(module) is not cls:
-        raise Unsupported(
-            f"{path} is {_name(module)}, not {cls.__module__}.{cls.__qualname__}{_advice(module)}"
-        )
+        raise Unsupported(f"{path} is {_name(module)}, not {cls.__module__}.{cls.__qualname__}{_advice(module)}")
     return module  # type: ignore[no-any-return]
 
 
@@ -122,9 +112,7 @@ def layer_norm(module: Any, path: str, size: int, eps: float | None = None) -> n
     parameter(module, path, "weight", (size,))
     parameter(module, path, "bias", (size,))
     if eps is not None and module.eps != eps:
-        raise Unsupported(
-            f"{path}.eps is {module.eps}; {eps} is expected, as in the encoder's other LayerNorms"
-        )
+        raise Unsupported(f"{path}.eps is {module.eps}; {eps} is expected, as in the encoder's other LayerNorms")
     return module  # type: ignore[no-any-return]
 
 
@@ -134,9 +122,7 @@ def embedding(module: Any, path: str, size: int) -> nn.Embedding:
         raise Unsupported(f"{path}.weight is not a parameter of its module")
     parameter(module, path, "weight", (module._parameters["weight"].shape[0], size))
     if module.max_norm is not None:
-        raise Unsupported(
-            f"{path}.max_norm is {module.max_norm}; None is needed, since it rewrites the weights"
-        )
+        raise Unsupported(f"{path}.max_norm is {module.max_norm}; None is needed, since it rewrites the weights")
     return module  # type: ignore[no-any-return]
 
 

@@ -45,8 +45,8 @@ def fake(
 _run = registry.define(
     registry.Op(
         "attention",
-        "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, float scale) "
-        "-> Tensor",
+        "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, "
+        "float scale) -> Tensor",
         reference,
         fake,
     )

@@ -98,5 +98,15 @@ def embedding(
         IndexError: an index, id, type or position outside its table; nothing is read outside.
     """
     return torch.ops.clinfast.embedding(
-        input_ids, token_type_ids, indices, word, position, token_type, weight, shift, eps, position_offset, dtype
+        input_ids,
+        token_type_ids,
+        indices,
+        word,
+        position,
+        token_type,
+        weight,
+        shift,
+        eps,
+        position_offset,
+        dtype,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def pack_reference(
 
     facts = [
         len(indices),
-        max((b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)), default=0),
+        max((b - a for a, b in itertools.pairwise(cu_seqlens)), default=0),
         sum(length == 0 for length in seqused_k),
         first_bad(input_ids, vocab_size),
         first_bad(token_type_ids, type_vocab_size),
@@ -66,8 +68,9 @@ def pack_fake(
 _run_pack = registry.define(
     registry.Op(
         "pack",
-        "(Tensor input_ids, Tensor? attention_mask, Tensor? token_type_ids, int vocab_size, int type_vocab_size, "
-        "bool keep_padding=False) -> (Tensor cu_seqlens, Tensor indices, Tensor seqused_k, Tensor facts)",
+        "(Tensor input_ids, Tensor? attention_mask, Tensor? token_type_ids, int vocab_size, "
+        "int type_vocab_size, bool keep_padding=False) -> (Tensor cu_seqlens, Tensor indices, "
+        "Tensor seqused_k, Tensor facts)",
         pack_reference,
         pack_fake,
     )
@@ -86,8 +89,8 @@ def pack(
 
     Args:
         input_ids: [B, S] int32 or int64, any strides.
-        attention_mask: [B, S] bool or an integer dtype, any strides; a token is real where it is not zero, as in
-            transformers 5. None: every token is.
+        attention_mask: [B, S] bool or an integer dtype, any strides; a token is real where it is not zero, as
+            in transformers 5. None: every token is.
         token_type_ids: [B, S] int32 or int64, or None; only looked at for values out of range.
         vocab_size, type_vocab_size: ids must lie in [0, size).
         keep_padding: keep every position; each note's real tokens come first, then its padded ones.
@@ -96,17 +99,15 @@ def pack(
         cu_seqlens: [B + 1] int32, the note boundaries among the packed tokens.
         indices: [B * S] int32, row * S + column of each packed token; entries past `tokens` mean nothing.
         seqused_k: [B] int32, the number of real tokens of each note.
-        facts: [6] int64 in the order of `FACTS`: tokens (packed rows), max_seqlen (the longest note, in packed
-            rows), empty_notes (without a real token), bad_id_at and bad_type_at (row * S + column of the first
-            value out of range, in padded positions too), first_masked_note (whose column 0 is masked); the last
-            three are -1 where there is none.
+        facts: [6] int64 in the order of `FACTS`: tokens (packed rows), max_seqlen (the longest note, in
+            packed rows), empty_notes (without a real token), bad_id_at and bad_type_at (row * S + column of
+            the first value out of range, in padded positions too), first_masked_note (whose column 0 is masked);
+            the last three are -1 where there is none.
 
     Raises:
         ValueError: a shape or dtype that the kernels do not take.
     """
-    return torch.ops.clinfast.pack(
-        input_ids, attention_mask, token_type_ids, vocab_size, type_vocab_size, keep_padding
-    )
+    return torch.ops.clinfast.pack(input_ids, attention_mask, token_type_ids, vocab_size, type_vocab_size, keep_padding)
 
 
 def unpack_reference(packed: Tensor, indices: Tensor, positions: int, dtype: torch.dtype) -> Tensor:

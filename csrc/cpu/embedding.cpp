@@ -8,20 +8,7 @@ static inline int64_t id_at(const void *ids, int32_t itemsize, int64_t offset) {
   return itemsize == 8 ? static_cast<const int64_t *>(ids)[offset] : static_cast<const int32_t *>(ids)[offset];
 }
 
-static constexpr int64_t kAhead = 2;
-
 static inline bool inside(int64_t value, int64_t size) { return uint64_t(value) < uint64_t(size); }
-
-// Asks for token t's word row ahead of its turn: rows lie anywhere in a table far larger than the caches. Inlined by
-// force, since GCC takes a function that only prefetches for a pure one and drops the call.
-template <typename T> static inline __attribute__((always_inline)) void prefetch_word(const EmbeddingArgs &a, int64_t t) {
-  if (t >= a.tokens || !inside(a.indices[t], a.batch * a.seqlen)) return;
-  int64_t row = a.indices[t] / a.seqlen, column = a.indices[t] - row * a.seqlen;
-  int64_t id = id_at(a.input_ids, a.ids_itemsize, row * a.ids_row_stride + column * a.ids_column_stride);
-  if (!inside(id, a.vocab_size)) return;
-  const char *word = reinterpret_cast<const char *>(static_cast<const T *>(a.word) + id * a.word_stride);
-  for (int64_t byte = 0; byte < a.hidden * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(word + byte);
-}
 
 template <typename T, typename O> static int64_t embed(const EmbeddingArgs &a) {
   const T *words = static_cast<const T *>(a.word);
@@ -47,7 +34,6 @@ template <typename T, typename O> static int64_t embed(const EmbeddingArgs &a) {
       bad = t < bad ? t : bad;
       continue;
     }
-    prefetch_word<T>(a, t + kAhead);
     const T *word = words + id * a.word_stride;
     const T *at = positions + position * a.position_stride;
     const T *kind = types ? types + type * a.token_type_stride : nullptr;

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import SENTINEL, assert_within_budget, isa, opcheck, threads  # noqa: F401
+from helpers import SENTINEL, assert_within_budget, opcheck, threads
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -140,8 +140,9 @@ def test_writes_nothing_outside_the_result(isa, dtype):
     big = torch.full((39, 72), SENTINEL, dtype=dtype)
     out = big[1:-1, 3:-3]
     native.kernels().attention(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), *(s for t in (q, k, v) for s in t.stride()[:2]), 72,
-        33, cu_seqlens.data_ptr(), cu_seqlens.data_ptr(), 0, 3, 2, 33, args[-1], native.DTYPES[dtype], 2, 37, 37,
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
+        *(stride for t in (q, k, v) for stride in t.stride()[:2]), 72, 33, cu_seqlens.data_ptr(),
+        cu_seqlens.data_ptr(), 0, 3, 2, 33, args[-1], native.DTYPES[dtype], 2, 37, 37,
     )  # fmt: skip
     assert torch.equal(out.unflatten(1, (2, 33)), compiled(*args))
     out.fill_(SENTINEL)
@@ -183,7 +184,10 @@ def test_refuses_gradients():
         ({"cu_seqlens_q": torch.tensor([0, 3, 8])}, "cu_seqlens_q is .* torch.int64"),
         ({"cu_seqlens_q": torch.tensor([0, 3, 7], dtype=torch.int32)}, "cu_seqlens_q goes from 0 to 7"),
         ({"cu_seqlens_q": torch.tensor([1, 3, 8], dtype=torch.int32)}, "cu_seqlens_q goes from 1 to 8"),
-        ({"cu_seqlens_k": torch.tensor([0, 9, 8], dtype=torch.int32)}, "cu_seqlens_k decreases after entry 1"),
+        (
+            {"cu_seqlens_k": torch.tensor([0, 9, 8], dtype=torch.int32)},
+            "cu_seqlens_k decreases after entry 1",
+        ),
         ({"cu_seqlens_k": torch.tensor([0, 8], dtype=torch.int32)}, "cu_seqlens_k is"),
         ({"seqused_k": torch.tensor([3, 6], dtype=torch.int32)}, r"seqused_k\[1\] is 6; the note has 5 keys"),
         ({"seqused_k": torch.tensor([-1, 5], dtype=torch.int32)}, r"seqused_k\[0\] is -1"),

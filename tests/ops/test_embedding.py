@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import SENTINEL, assert_within_budget, isa, offset_view, opcheck, threads  # noqa: F401
+from helpers import SENTINEL, assert_within_budget, offset_view, opcheck, threads
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -90,9 +90,9 @@ def test_writes_nothing_outside_the_result(isa):
     big = torch.full((tokens + 2, 43), SENTINEL)
     out = big[1:-1, 3:-3]
     native.kernels().embedding(
-        ids.data_ptr(), types.data_ptr(), 9, 1, 9, 1, 8, 8, indices.data_ptr(), 9, tokens, 37, 0, word.data_ptr(),
-        position.data_ptr(), token_type.data_ptr(), 37, 37, 37, weight.data_ptr(), shift.data_ptr(), out.data_ptr(),
-        43, EPS, 0, 0, 2, 2, VOCAB, POSITIONS, TYPES,
+        ids.data_ptr(), types.data_ptr(), 9, 1, 9, 1, 8, 8, indices.data_ptr(), 9, tokens, 37, 0,
+        word.data_ptr(), position.data_ptr(), token_type.data_ptr(), 37, 37, 37, weight.data_ptr(),
+        shift.data_ptr(), out.data_ptr(), 43, EPS, 0, 0, 2, 2, VOCAB, POSITIONS, TYPES,
     )  # fmt: skip
     assert torch.equal(out, compiled(*args))
     out.fill_(SENTINEL)
@@ -125,7 +125,10 @@ def test_nothing_is_read_outside_the_tables(name, value, message, count):
 
 def test_a_position_outside_its_table():
     args = dict(zip(NAMES, case(2, 50, 20, keep=1), strict=True))
-    for offset, message in ((20, "position at row 0, column 44 is 64"), (-1, "position at row 0, column 0 is -1")):
+    for offset, message in (
+        (20, "position at row 0, column 44 is 64"),
+        (-1, "position at row 0, column 0 is -1"),
+    ):
         with pytest.raises(IndexError, match=message):
             op.embedding(**{**args, "position_offset": offset})
 

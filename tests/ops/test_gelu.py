@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from helpers import SENTINEL, assert_within_budget, isa, offset_view, opcheck, threads  # noqa: F401
+from helpers import SENTINEL, assert_within_budget, offset_view, opcheck, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -103,7 +103,16 @@ def test_writes_nothing_outside_the_result(isa, hidden, dtype):
     big = torch.full((7, hidden + 6), SENTINEL, dtype=dtype)
     out = big[1:-1, 3:-3]
     native.kernels().gelu(
-        x.data_ptr(), bias.data_ptr(), out.data_ptr(), hidden, hidden + 6, 5, hidden, 0, native.DTYPES[dtype], 2
+        x.data_ptr(),
+        bias.data_ptr(),
+        out.data_ptr(),
+        hidden,
+        hidden + 6,
+        5,
+        hidden,
+        0,
+        native.DTYPES[dtype],
+        2,
     )
     assert torch.equal(out, compiled(x, bias))
     out.fill_(SENTINEL)

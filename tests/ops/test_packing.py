@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import SENTINEL, isa, offset_view, opcheck, threads  # noqa: F401
+from helpers import SENTINEL, offset_view, opcheck, threads
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -52,7 +52,9 @@ def test_pack_any_batch(isa, data):
     batch, seqlen = data.draw(st.integers(0, 6)), data.draw(st.integers(0, 70))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     layout = data.draw(st.sampled_from(LAYOUTS))
-    ids = torch.randint(0, VOCAB, (batch, seqlen), generator=g, dtype=data.draw(st.sampled_from([torch.int32, torch.int64])))
+    ids = torch.randint(
+        0, VOCAB, (batch, seqlen), generator=g, dtype=data.draw(st.sampled_from([torch.int32, torch.int64]))
+    )
     types = torch.randint(0, TYPES, (batch, seqlen), generator=g) if data.draw(st.booleans()) else None
     kind = data.draw(st.sampled_from(["none", "right", "left", "holes", "zero row"]))
     mask = None
@@ -88,7 +90,13 @@ def test_pack_finds_the_first_value_out_of_range(isa, where, bad, wide, layout):
     ids.view(-1)[where + 1 :] = VOCAB - 1
     # Padded positions are looked at too: stock reads their rows as well.
     mask = torch.zeros(3, 40, dtype=torch.bool)
-    facts = dict(zip(op.FACTS, compiled_pack(laid_out(ids, layout, 0), mask, None, VOCAB, TYPES)[3].tolist(), strict=True))
+    facts = dict(
+        zip(
+            op.FACTS,
+            compiled_pack(laid_out(ids, layout, 0), mask, None, VOCAB, TYPES)[3].tolist(),
+            strict=True,
+        )
+    )
     assert facts["bad_id_at"] == where and facts["bad_type_at"] == -1
     types = (ids == bad).to(ids.dtype) * (bad if bad != VOCAB else TYPES)
     check_pack(torch.zeros_like(ids), None, laid_out(types, layout, 0), VOCAB, TYPES)
@@ -164,9 +172,7 @@ def test_unpack_writes_nothing_outside_the_result(isa):
     packed, indices = unpack_case(2, 9, 21, torch.float32)
     big = torch.full((20, 27), SENTINEL)
     out = big[1:-1, 3:-3]
-    native.kernels().unpack(
-        packed.data_ptr(), out.data_ptr(), indices.data_ptr(), 21, 27, len(packed), 18, 21, 0, 0, 2
-    )
+    native.kernels().unpack(packed.data_ptr(), out.data_ptr(), indices.data_ptr(), 21, 27, len(packed), 18, 21, 0, 0, 2)
     assert torch.equal(out, op.unpack_reference(packed, indices, 18, torch.float32))
     out.fill_(SENTINEL)
     assert (big == SENTINEL).all()
@@ -201,7 +207,13 @@ def test_opcheck():
 )
 def test_pack_names_bad_arguments(change, message):
     ids = torch.zeros(3, 5, dtype=torch.int64)
-    args = {"input_ids": ids, "attention_mask": ids, "token_type_ids": ids, "vocab_size": 3, "type_vocab_size": 2}
+    args = {
+        "input_ids": ids,
+        "attention_mask": ids,
+        "token_type_ids": ids,
+        "vocab_size": 3,
+        "type_vocab_size": 2,
+    }
     op.pack(**args)
     with pytest.raises(ValueError, match=message):
         op.pack(**{**args, **change})

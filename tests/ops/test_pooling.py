@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from helpers import SENTINEL, assert_within_budget, isa, offset_view, opcheck, threads  # noqa: F401
+from helpers import SENTINEL, assert_within_budget, offset_view, opcheck, threads
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

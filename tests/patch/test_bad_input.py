@@ -55,8 +55,10 @@ CASES = {
     "mask as a list": ({"input_ids": IDS, "attention_mask": [[1] * 9] * 3}, r"attention_mask is a builtins.list"),
     "sparse mask": (
         {"input_ids": IDS, "attention_mask": right_padded([9, 5, 2]).to_sparse()},
-        r"attention_mask has layout torch.sparse_coo",
+        r"attention_mask is torch.sparse_coo",
     ),
+    "sparse ids": ({"input_ids": IDS.to_sparse()}, r"input_ids is torch.sparse_coo"),
+    "nested ids": ({"input_ids": torch.nested.nested_tensor(list(IDS))}, r"input_ids is nested"),
     "no rows": ({"input_ids": ids(0, 9)}, r"shape \[0, 9\]"),
     "no columns": ({"input_ids": ids(2, 0)}, r"shape \[2, 0\]"),
     "no rows, with a mask": ({"input_ids": ids(0, 9), "attention_mask": torch.ones(0, 9)}, r"shape \[0, 9\]"),

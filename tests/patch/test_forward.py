@@ -111,7 +111,7 @@ def test_a_foreign_forward_is_refused_by_name():
     model = make()
     model.forward = nn.Identity().forward
     match = models.match(model)
-    with pytest.raises(Unsupported, match="builtins.method"):
+    with pytest.raises(Unsupported, match=r"builtins.method"):
         patch.bind(model, match, Encoder(match))
 
 

@@ -26,9 +26,7 @@ def pair(request):
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.int32, torch.int8, torch.uint8])
 @pytest.mark.parametrize("id_dtype", [torch.int64, torch.int32])
 def test_integer_and_bool_inputs_are_fast(pair, mask_dtype, id_dtype):
-    pair.check_fast(
-        input_ids=IDS.to(id_dtype), attention_mask=MASK.to(mask_dtype), token_type_ids=TYPES.to(id_dtype)
-    )
+    pair.check_fast(input_ids=IDS.to(id_dtype), attention_mask=MASK.to(mask_dtype), token_type_ids=TYPES.to(id_dtype))
 
 
 @pytest.mark.parametrize(

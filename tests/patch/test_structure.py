@@ -274,13 +274,17 @@ class TestParameters:
     def test_pruning(self):
         pair = Pair()
         prune.l1_unstructured(query(pair.model), "weight", amount=0.5)
-        assert_stock_of(
-            pair, "parameters of encoder.layer.0.attention.self.query were added or removed"
-        )
+        assert_stock_of(pair, "parameters of encoder.layer.0.attention.self.query were added or removed")
         prune.remove(query(pair.model), "weight")
         pair.stock = copy.deepcopy(pair.model)
         assert not any(m._forward_pre_hooks for m in pair.model.modules())
         pair.check_fast()
+
+    def test_a_pruned_embedding(self):
+        pair = Pair()
+        prune.l1_unstructured(pair.model.embeddings.word_embeddings, "weight", amount=0.5)
+        prune.l1_unstructured(pair.stock.embeddings.word_embeddings, "weight", amount=0.5)
+        pair.check_stock("parameters of embeddings.word_embeddings were added or removed")
 
     def test_parametrization(self):
         class Double(nn.Module):

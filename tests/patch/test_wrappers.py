@@ -107,7 +107,7 @@ class TestAccelerate:
     def test_cpu_offload_is_refused(self):
         accelerate = pytest.importorskip("accelerate")
         model = accelerate.cpu_offload(make(), execution_device=torch.device("cpu"))
-        with pytest.raises(Unsupported, match="has a forward of its own|meta device"):
+        with pytest.raises(Unsupported, match=r"has a forward of its own|meta device"):
             clinfast.optimize(model, strict=True)
 
     def test_prepare_in_bf16(self):
@@ -284,7 +284,11 @@ class TestCompile:
         assert self.ours() == [False]
 
 
-NOTES = ["Pt c/o chest pain x3 days.", "Denies SOB.", "Paciente con fiebre de 38.5 y tos desde hace cinco días, sin disnea."]
+NOTES = [
+    "Pt c/o chest pain x3 days.",
+    "Denies SOB.",
+    "Paciente con fiebre de 38.5 y tos desde hace cinco días, sin disnea.",
+]
 
 
 @pytest.fixture(scope="module")

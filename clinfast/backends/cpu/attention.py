@@ -67,8 +67,8 @@ def attention(
     native.kernels().attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), q_strides[0], q_strides[1], k_strides[0],
         k_strides[1], v_strides[0], v_strides[1], num_heads * head_dim, head_dim, cu_seqlens_q.data_ptr(),
-        cu_seqlens_k.data_ptr(), 0 if seqused_k is None else seqused_k.data_ptr(), boundaries[0] - 1, num_heads,
-        head_dim, scale, native.DTYPES[dtype], torch.get_num_threads(), tokens, k_shape[0],
+        cu_seqlens_k.data_ptr(), 0 if seqused_k is None else seqused_k.data_ptr(), boundaries[0] - 1,
+        num_heads, head_dim, scale, native.DTYPES[dtype], torch.get_num_threads(), tokens, k_shape[0],
     )  # fmt: skip
     return out
 

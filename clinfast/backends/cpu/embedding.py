@@ -53,7 +53,11 @@ def embedding(
     types_address = type_stride = type_vocab_size = 0
     if token_type is not None:
         _check_table("token_type", token_type, word)
-        types_address, type_stride, type_vocab_size = token_type.data_ptr(), token_type.stride()[0], token_type.shape[0]
+        types_address, type_stride, type_vocab_size = (
+            token_type.data_ptr(),
+            token_type.stride()[0],
+            token_type.shape[0],
+        )
     check_vector("embedding", "weight", weight, hidden)
     check_vector("embedding", "shift", shift, hidden)
     ids_bytes = check_ids("embedding", "input_ids", input_ids)
@@ -69,8 +73,8 @@ def embedding(
     ids_row, ids_column = input_ids.stride()
     out = torch.empty(tokens, hidden, dtype=dtype)
     bad = kernels().embedding(
-        input_ids.data_ptr(), address(token_type_ids), ids_row, ids_column, types_row, types_column, ids_bytes,
-        types_bytes, indices.data_ptr(), seqlen, tokens, hidden, position_offset, word.data_ptr(),
+        input_ids.data_ptr(), address(token_type_ids), ids_row, ids_column, types_row, types_column,
+        ids_bytes, types_bytes, indices.data_ptr(), seqlen, tokens, hidden, position_offset, word.data_ptr(),
         position.data_ptr(), types_address, word.stride()[0], position.stride()[0], type_stride,
         weight.data_ptr(), shift.data_ptr(), out.data_ptr(), hidden, eps, table_dtype, out_dtype,
         torch.get_num_threads(), batch, vocab_size, position.shape[0], type_vocab_size,
@@ -102,8 +106,7 @@ def _refuse(
     for source, value, name, table in looked_up:
         if not 0 <= value < table.shape[0]:
             raise IndexError(
-                f"embedding: {source} at row {row}, column {column} is {value}; "
-                f"{name} has {table.shape[0]} rows"
+                f"embedding: {source} at row {row}, column {column} is {value}; {name} has {table.shape[0]} rows"
             )
     raise RuntimeError(f"embedding: the ids changed during the call (row {row}, column {column})")
 

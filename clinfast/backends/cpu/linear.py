@@ -26,6 +26,8 @@ class _Packed:
     __slots__ = ("bias", "dtype", "in_features", "nbytes", "out_features", "weight")
 
     library: str
+    weight: Tensor
+    bias: Tensor | None
 
     def _describe(self, plain: Tensor, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -145,6 +147,7 @@ def ours_is_faster(dtype: torch.dtype) -> bool:
 
 def library(dtype: torch.dtype) -> type[NativeLinear] | type[OneDnnLinear] | type[FallbackLinear]:
     """What multiplies in `dtype`; the environment variable CLINFAST_CPU_LINEAR (clinfast, onednn, torch) overrides."""
+    known: dict[str, type[NativeLinear] | type[OneDnnLinear] | type[FallbackLinear]]
     known = {"clinfast": NativeLinear, "onednn": OneDnnLinear, "torch": FallbackLinear}
     asked = os.environ.get("CLINFAST_CPU_LINEAR", "")
     if asked:

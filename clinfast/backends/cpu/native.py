@@ -15,7 +15,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None, str | None]:
     try:
-        from clinfast import _C
+        from clinfast import _C  # type: ignore[attr-defined]
     except ImportError as error:
         return None, None, f"clinfast._C does not load: {error}"
     try:

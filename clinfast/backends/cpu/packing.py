@@ -28,9 +28,7 @@ def check_ids(op: str, name: str, ids: Tensor, shape: torch.Size | None = None) 
 
 def _check_mask(mask: Tensor, shape: torch.Size) -> Tensor:
     if mask.shape != shape:
-        raise ValueError(
-            f"pack: attention_mask has shape {list(mask.shape)}; it must have the shape of input_ids, {list(shape)}"
-        )
+        raise ValueError(f"pack: attention_mask has shape {list(mask.shape)}; input_ids has {list(shape)}")
     if not mask.is_cpu:
         raise ValueError(f"pack: attention_mask is on {mask.device}; the compiled CPU kernels need it on the CPU")
     if mask.is_floating_point() or mask.is_complex():
@@ -51,7 +49,7 @@ def pack(
     batch, seqlen = shape
     if vocab_size < 0 or type_vocab_size < 0:
         raise ValueError(
-            f"pack: vocab_size is {vocab_size} and type_vocab_size {type_vocab_size}; they must not be negative"
+            f"pack: vocab_size is {vocab_size} and type_vocab_size {type_vocab_size}; neither may be negative"
         )
     if batch * seqlen > INT32_MAX:
         raise ValueError(f"pack: input_ids has shape {list(shape)}; batch x seqlen must not exceed {INT32_MAX}")
@@ -72,9 +70,9 @@ def pack(
     seqused_k = torch.empty(batch, dtype=torch.int32)
     facts = torch.empty(6, dtype=torch.int64)
     kernels().pack(
-        mask, input_ids.data_ptr(), types, mask_row, mask_column, ids_row, ids_column, types_row, types_column,
-        ids_bytes, types_bytes, mask_bytes, batch, seqlen, vocab_size, type_vocab_size, keep_padding,
-        cu_seqlens.data_ptr(), indices.data_ptr(), seqused_k.data_ptr(), facts.data_ptr(),
+        mask, input_ids.data_ptr(), types, mask_row, mask_column, ids_row, ids_column, types_row,
+        types_column, ids_bytes, types_bytes, mask_bytes, batch, seqlen, vocab_size, type_vocab_size,
+        keep_padding, cu_seqlens.data_ptr(), indices.data_ptr(), seqused_k.data_ptr(), facts.data_ptr(),
     )  # fmt: skip
     return cu_seqlens, indices, seqused_k, facts
 
@@ -95,20 +93,18 @@ def unpack(packed: Tensor, indices: Tensor, positions: int, dtype: torch.dtype) 
     ):
         check_rows("unpack", "packed", packed)
         raise ValueError(
-            f"unpack: indices is {list(indices.shape)} {indices.dtype} on {indices.device}; it must be a contiguous "
-            f"int32 CPU vector of at least {tokens} entries, one for each row of packed"
+            f"unpack: indices is {list(indices.shape)} {indices.dtype} on {indices.device}; it must be a "
+            f"contiguous int32 CPU vector of at least {tokens} entries, one for each row of packed"
         )
     if not 0 <= positions <= INT32_MAX:
         raise ValueError(f"unpack: positions is {positions}; it must lie between 0 and {INT32_MAX}")
     padded = torch.empty(positions, hidden, dtype=dtype)
     bad = kernels().unpack(
-        packed.data_ptr(), padded.data_ptr(), indices.data_ptr(), packed.stride()[0], hidden, tokens, positions,
-        hidden, packed_dtype, padded_dtype, torch.get_num_threads(),
+        packed.data_ptr(), padded.data_ptr(), indices.data_ptr(), packed.stride()[0], hidden, tokens,
+        positions, hidden, packed_dtype, padded_dtype, torch.get_num_threads(),
     )  # fmt: skip
     if bad >= 0:
-        raise IndexError(
-            f"unpack: indices[{bad}] is {int(indices[bad])}; it must lie within the {positions} positions"
-        )
+        raise IndexError(f"unpack: indices[{bad}] is {int(indices[bad])}; it must lie within the {positions} positions")
     return padded
 
 

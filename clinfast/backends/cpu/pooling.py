@@ -21,14 +21,14 @@ def pooling(x: Tensor, cu_seqlens: Tensor, kind: str) -> Tensor:
     rows, hidden = x.shape
     out = torch.empty(batch, hidden, dtype=x.dtype)
     bad = kernels().pooling(
-        x.data_ptr(), out.data_ptr(), cu_seqlens.data_ptr(), x.stride()[0], hidden, batch, rows, hidden, code, dtype,
-        torch.get_num_threads(),
+        x.data_ptr(), out.data_ptr(), cu_seqlens.data_ptr(), x.stride()[0], hidden, batch, rows, hidden, code,
+        dtype, torch.get_num_threads(),
     )  # fmt: skip
     if bad >= 0:
         begin, end = cu_seqlens[bad : bad + 2].tolist()
         raise ValueError(
-            f"pooling: cu_seqlens gives note {bad} the rows {begin} to {end}; they must not decrease and must lie "
-            f"within the {rows} rows of x"
+            f"pooling: cu_seqlens gives note {bad} the rows {begin} to {end}; they must not decrease and "
+            f"must lie within the {rows} rows of x"
         )
     return out
 
