@@ -24,6 +24,7 @@ from clinfast.engine.spec import Request, Unsupported
 from clinfast.guard import ClinfastWarning, StrictError
 from clinfast.ops import registry
 from clinfast.report import Info, Report, UnitReport, Verification
+from clinfast.verify import verify_module
 
 __all__ = ["ClinfastWarning", "StrictError"]
 
@@ -50,6 +51,9 @@ class Options:
             raise ValueError(f"weights={self.weights!r} is unknown; choose 'keep' or 'release'")
         if self.reproducible not in (None, True, False):
             raise ValueError(f"reproducible={self.reproducible!r} must be True, False or None")
+        for name in ("inference_only", "strict"):
+            if getattr(self, name) not in (True, False):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
 
 
 def optimize(
@@ -83,8 +87,8 @@ def optimize(
 
     Raises:
         ValueError: an unknown option, nothing to optimize in `model`, or a model that is optimized already.
-        Unsupported: with `strict=True`, a model whose configuration is not served; or an option that this machine
-            does not serve.
+        Unsupported: with `strict=True`, a model whose configuration is not served; an option that this machine does
+            not serve; or a trial batch that differs from stock. The model is then left as it was.
     """
     options = Options(precision, backend, padding, reproducible, inference_only, strict, weights)
     if backend == "cpu" and cpu.unavailable() is not None:
@@ -98,18 +102,22 @@ def optimize(
     for unit in units:
         if patch.patched(unit.module) is not None:
             raise ValueError(f"{_name(unit)} is optimized already; call clinfast.restore(model) first")
-    for unit in units:
-        try:
-            if unit.refused is not None:
-                raise Unsupported(unit.refused)
-            _optimize_unit(unit, options)
-        except Unsupported as refusal:
-            if strict or unit.refused is None:
-                for other in units:
-                    patch.unbind(other.module)
-                raise
-            patch.mark_refused(unit.module, str(refusal))
-            warnings.warn(f"{_name(unit)} is left stock: {refusal}", ClinfastWarning, stacklevel=2)
+    refused: list[tuple[patch.Unit, str]] = []
+    try:
+        for unit in units:
+            if unit.refused is None:
+                _optimize_unit(unit, options)
+            elif strict:
+                raise Unsupported(f"{_name(unit)}: {unit.refused}")
+            else:
+                refused.append((unit, unit.refused))
+    except BaseException:
+        for unit in units:
+            patch.unbind(unit.module)
+        raise
+    for unit, reason in refused:
+        patch.mark_refused(unit.module, reason)
+        warnings.warn(f"{_name(unit)} is left stock: {reason}", ClinfastWarning, stacklevel=2)
     return model
 
 
@@ -138,7 +146,10 @@ def _name(unit: patch.Unit) -> str:
 def _patched(model: Any, action: str) -> list[tuple[str, nn.Module, patch.PatchedForward]]:
     found = patch.find_patched(model)
     if not found:
-        raise ValueError(f"{action}: {type(model).__name__} is not optimized; call clinfast.optimize(model) first")
+        refused = [f" ({reason})" for _, _, reason in patch.find_refused(model)[:1]] or [""]
+        raise ValueError(
+            f"{action}: {type(model).__name__} is not optimized{refused[0]}; call clinfast.optimize(model) first"
+        )
     return found
 
 
@@ -205,8 +216,6 @@ def verify(model: Any, inputs: Any, *, tolerance: float | None = None) -> Verifi
         tolerance: largest allowed absolute difference from stock; None asks instead that our error is at most twice
             stock's own.
     """
-    from clinfast.verify import verify_module
-
     found = _patched(model, "verify")
     if len(found) > 1:
         raise ValueError(f"verify: {type(model).__name__} holds {len(found)} optimized encoders; pass one of them")

@@ -18,7 +18,7 @@ LENGTHS = (8, 5)
 # Largest difference from stock, as a share of the largest stock value, by the coarser of the two dtypes: the one
 # computed in, and the model's own, in which stock computes. Rounding stays ten times below; a changed formula is ten
 # times above.
-BUDGET = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+BUDGET = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def canary_request(encoder: Encoder) -> Request:

@@ -49,6 +49,8 @@ class Report:
         return dict(total)
 
     def __str__(self) -> str:
+        if not self.units:
+            return "clinfast: nothing here is optimized"
         lines = [f"clinfast: {self.calls_fast} fast calls, {self.calls_stock} stock calls"]
         for unit in self.units:
             name = f"{unit.class_name} ({unit.path})" if unit.path else unit.class_name
@@ -62,7 +64,7 @@ class Report:
             )
             same_bits = "proved on this machine" if facts["reproducible"] else "not proved on this machine"
             lines.append(
-                f"    linears: {facts['linear']}; kernels: {self.isa or 'torch'}; extra memory "
+                f"    linears: {facts['linear'] or 'packed at the next call'}; kernels: {self.isa or 'torch'}; extra memory "
                 f"{facts['packed_bytes'] / 2**20:.0f} MiB; same note, same bits: {same_bits}"
             )
             if unit.canary_error is not None:
@@ -76,7 +78,8 @@ class Verification:
     """Ours and stock on the user's own inputs.
 
     `max_difference` is the largest absolute difference between ours and stock over real tokens; `ours_error` and
-    `stock_error` are both taken against the same model in float64. `label_agreement` is the share of equal argmax
+    `stock_error` are both taken against the same model in float64, stock's in the precision that ours computes in
+    where that is lower than the model's own. `label_agreement` is the share of equal argmax
     over the logits, None for a model without them; `cosine` the smallest similarity of output rows.
     """
 

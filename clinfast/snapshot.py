@@ -67,6 +67,7 @@ class _Accepted(NamedTuple):
     configs: list[tuple[dict[str, Any], dict[str, Any]]]
     config_reason: Reason | None
     hooks_made: int
+    ever_hooked: int
     plain: list[dict[str, Any]]
     odd: list[tuple[dict[str, Any], dict[Any, Any], Any]]
 
@@ -127,6 +128,7 @@ class Snapshot:
             configs=[(c.__dict__, dict(c.__dict__)) for c in distinct],
             config_reason=next((found for c in distinct if (found := config_reason(c)) is not None), None),
             hooks_made=hooks_made,
+            ever_hooked=len(self.ever_hooked),
             plain=plain,
             odd=odd,
         )
@@ -134,6 +136,8 @@ class Snapshot:
     def reason(self, module: nn.Module) -> Reason | None:
         """Why the fast path would compute something else than the module now does, or None."""
         accepted = self.accepted
+        if accepted.hooks_made != RemovableHandle.next_id:
+            accepted = self._look_for_hooks(accepted)
         try:
             same = self._same(module, accepted)
         except Exception:  # a replaced parameter was compared with `==`, which tensors answer elementwise
@@ -145,6 +149,17 @@ class Snapshot:
                 return found
             self.accepted = accepted
         return accepted.config_reason
+
+    def _look_for_hooks(self, accepted: _Accepted) -> _Accepted:
+        """Hooks were registered somewhere in the process; take note if none of them is below the forward."""
+        hooks_made = RemovableHandle.next_id
+        if accepted.ever_hooked != len(self.ever_hooked):
+            return accepted
+        for d in accepted.plain:
+            if d["_forward_hooks"] or d["_forward_pre_hooks"]:
+                return accepted
+        self.accepted = accepted = accepted._replace(hooks_made=hooks_made)
+        return accepted
 
     def _same(self, module: nn.Module, accepted: _Accepted) -> bool:
         for d in accepted.plain:
@@ -194,7 +209,8 @@ class Snapshot:
     def _submodule_difference(self) -> Reason | None:
         owners = {id(d): path for path, d in zip(self.paths[1:], self.dicts, strict=True)}
         for d, name, then in zip(self.constant_owners, self.constant_names, self.constants_then, strict=True):
-            if d.get(name) != then:
+            now = d.get(name)
+            if now is not then and now != then:  # a config compares its fields even with itself
                 return Reason(f"{owners[id(d)]}.{name} was changed after optimize()", AGAIN)
         for path, d in zip(self.dropout_paths, self.dropouts, strict=True):
             if d["training"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,69 +11,106 @@ import torch
 from torch import Tensor, nn
 
 from clinfast import patch
-from clinfast.canary import compare, evaluating, tensors_of
+from clinfast.canary import compare, describe, evaluating, tensors_of
 from clinfast.report import Verification
 
 
 def batches_of(inputs: Any) -> list[dict[str, Any]]:
     """Model inputs as a list of keyword dicts; one mapping, or several."""
     if isinstance(inputs, Mapping):
-        return [dict(inputs)]
-    if isinstance(inputs, Iterable) and not isinstance(inputs, (str, bytes, Tensor)):
+        batches = [dict(inputs)]
+    elif isinstance(inputs, Iterable) and not isinstance(inputs, (str, bytes, Tensor)):
         batches = list(inputs)
-        if batches and all(isinstance(batch, Mapping) for batch in batches):
-            return [dict(batch) for batch in batches]
-    raise TypeError(
-        f"inputs is {type(inputs).__name__}; pass what the tokenizer returns (a mapping with input_ids and "
-        "attention_mask), or a list of such batches"
-    )
+    else:
+        batches = [inputs]
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"inputs holds a {type(batch).__name__}; pass what the tokenizer returns (a mapping with input_ids "
+                "and attention_mask), or a list of such batches"
+            )
+        for name, value in batch.items():
+            if isinstance(value, list):
+                raise TypeError(f"inputs[{name!r}] is a list; call the tokenizer with return_tensors='pt', padding=True")
+    if not batches:
+        raise ValueError("inputs is empty; pass at least one batch")
+    return [dict(batch) for batch in batches]
+
+
+class _Tally:
+    """Extremes over all outputs of all batches. A NaN counts as an infinite difference."""
+
+    def __init__(self) -> None:
+        self.worst = self.ours_error = self.stock_error = self.scale = 0.0
+        self.cosine = 1.0
+        self.agreed = self.labels = 0
+
+    def add(self, name: str, ours: Tensor, stock: Tensor, measure: Tensor, exact: Tensor, mask: Tensor | None) -> None:
+        self.worst = max(self.worst, _difference(ours, stock, mask))
+        self.ours_error = max(self.ours_error, _difference(ours, exact, mask))
+        self.stock_error = max(self.stock_error, _difference(measure, exact, mask))
+        self.scale = max(self.scale, compare(exact, exact, mask)[1])
+        a, b = real_rows(ours, mask), real_rows(stock, mask)
+        if not len(a):
+            return
+        cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1).min().item()
+        self.cosine = min(self.cosine, -1.0 if math.isnan(cosine) else cosine)
+        if name == "logits":
+            self.agreed += int((a.argmax(-1) == b.argmax(-1)).sum())
+            self.labels += len(a)
 
 
 def verify_module(module: nn.Module, inputs: Any, tolerance: float | None) -> Verification:
-    """Run every batch three times: fast path, stock, and stock in float64 (a copy, freed afterwards)."""
+    """Run every batch on the fast path, in stock, and in a float64 copy of stock, which is freed afterwards.
+
+    Where the user chose a lower precision than the model's own, stock's error is that of a copy in that precision.
+    """
     forward = patch.patched(module)
     assert forward is not None
     batches = batches_of(inputs)
-    if not batches:
-        raise ValueError("inputs is empty; pass at least one batch")
+    encoder = forward.encoder
+    computed = torch.finfo(encoder.dtype)
     before = dict(forward.fallbacks)
-    worst, ours_error, stock_error, cosine = 0.0, 0.0, 0.0, 1.0
-    agreed = labels = 0
+    tally = _Tally()
     with torch.no_grad(), evaluating(module):
         exact_model = copy.deepcopy(module).double()
+        lower = computed.eps > torch.finfo(encoder.model_dtype).eps
+        measure_model = copy.deepcopy(module).to(encoder.dtype) if lower else None
         for batch in batches:
             mask = batch.get("attention_mask")
             ours = tensors_of(module(**batch))
             stock = tensors_of(patch.stock_forward(module, **batch))
             exact = tensors_of(exact_model(**batch))
-            for name in stock.keys() & ours.keys():
-                worst = max(worst, compare(ours[name], stock[name], mask)[0])
-                ours_error = max(ours_error, compare(ours[name], exact[name], mask)[0])
-                stock_error = max(stock_error, compare(stock[name], exact[name], mask)[0])
-                a, b = real_rows(ours[name], mask), real_rows(stock[name], mask)
-                if len(a):
-                    cosine = min(cosine, torch.nn.functional.cosine_similarity(a, b, dim=-1).min().item())
-                if name == "logits" and len(a):
-                    agreed += int((a.argmax(-1) == b.argmax(-1)).sum())
-                    labels += len(a)
+            measure = stock if measure_model is None else tensors_of(measure_model(**batch))
+            for name in stock:
+                if name not in ours or ours[name].shape != stock[name].shape:
+                    raise RuntimeError(
+                        f"stock returns {name} {describe(stock[name])}, the fast path {describe(ours.get(name))}"
+                    )
+                tally.add(name, ours[name], stock[name], measure[name], exact[name], mask)
     new = {k: n - before.get(k, 0) for k, n in forward.fallbacks.items() if n > before.get(k, 0)}
-    floor = torch.finfo(forward.encoder.dtype).eps
-    passed = worst <= tolerance if tolerance is not None else ours_error <= 2 * stock_error + floor
+    floor = max(computed.eps, torch.finfo(encoder.model_dtype).eps) * tally.scale
+    passed = tally.worst <= tolerance if tolerance is not None else tally.ours_error <= 2 * tally.stock_error + floor
     return Verification(
-        passed=bool(passed),
+        passed=passed and not math.isinf(tally.worst),
         tolerance=tolerance,
-        max_difference=worst,
-        ours_error=ours_error,
-        stock_error=stock_error,
-        cosine=cosine,
-        label_agreement=agreed / labels if labels else None,
+        max_difference=tally.worst,
+        ours_error=tally.ours_error,
+        stock_error=tally.stock_error,
+        cosine=tally.cosine,
+        label_agreement=tally.agreed / tally.labels if tally.labels else None,
         batches=len(batches),
         fallbacks=new,
     )
+
+
+def _difference(a: Tensor, b: Tensor, mask: Tensor | None) -> float:
+    difference = compare(a, b, mask)[0]
+    return math.inf if math.isnan(difference) else difference
 
 
 def real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     x = x.double()
     if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
         return x[mask.bool()]
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(-1, x.shape[-1] if x.dim() else 1)

@@ -112,6 +112,7 @@ class Encoder:
         with self._lock, torch.no_grad():
             packed = self._packed
             if packed is None or packed[1].changed() is not None:
+                packed = self._packed = None  # the old copy goes before the new one is made
                 packed = self._pack_locked()
             return packed[0]
 

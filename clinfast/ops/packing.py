@@ -44,8 +44,12 @@ def pack_reference(
         next((note for note, row in enumerate(kept) if row and not row[0]), -1),
     ]
     indices += [0] * (batch * seqlen - len(indices))
-    vectors = (torch.tensor(values, dtype=torch.int32) for values in (cu_seqlens, indices, seqused_k))
-    return *vectors, torch.tensor(facts, dtype=torch.int64)
+    return (
+        torch.tensor(cu_seqlens, dtype=torch.int32),
+        torch.tensor(indices, dtype=torch.int32),
+        torch.tensor(seqused_k, dtype=torch.int32),
+        torch.tensor(facts, dtype=torch.int64),
+    )
 
 
 def pack_fake(

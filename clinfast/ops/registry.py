@@ -85,7 +85,7 @@ def order(backend: str) -> list[str]:
 @functools.cache
 def implementation(name: str, backend: str) -> Callable[..., Any]:
     """The function that serves op `name`: the first backend in `order(backend)` that offers it."""
-    chosen = os.environ.get(f"CLINFAST_BACKEND_{name.upper()}", backend)
+    chosen = os.environ.get(f"CLINFAST_BACKEND_{name.partition('.')[0].upper()}", backend)
     for candidate in order(chosen):
         module = importlib.import_module(BACKENDS[candidate])
         found = module.implementations().get(name)
@@ -98,7 +98,7 @@ def implementation(name: str, backend: str) -> Callable[..., Any]:
 
 def optional(name: str, backend: str) -> Callable[..., Any] | None:
     """What the best backend offers under `name` beyond the ops, or None. An override of any op switches it off."""
-    if any(os.environ.get(f"CLINFAST_BACKEND_{stem.upper()}") for stem in (*OPS, name)):
+    if any(os.environ.get(f"CLINFAST_BACKEND_{stem.upper()}") for stem in (*STEMS, *OPS, name)):
         return None
     return importlib.import_module(BACKENDS[order(backend)[0]]).implementations().get(name)
 

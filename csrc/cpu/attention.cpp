@@ -16,6 +16,7 @@ static constexpr int64_t kPackRows = 8;
 // Below this many multiply-adds (about 3 us), waking a team costs more than it gains.
 static constexpr int64_t kSerialWork = 1 << 17;
 
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct Scratch {
@@ -55,6 +56,13 @@ static Scratch thread_scratch(int64_t head_dim) {
   return s;
 }
 
+// Into L2, ahead of their use: rows lie a token apart, which hardware prefetchers do not follow.
+template <typename T, bool Write = false>
+static inline void prefetch_rows(const T *row, int64_t stride, int64_t rows, int64_t size) {
+  for (; rows > 0; rows--, row += stride)
+    for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, Write, Write ? 3 : 2);
+}
+
 template <typename T> struct Item {
   const T *q, *k, *v;
   T *out;
@@ -66,68 +74,87 @@ template <typename T, bool Pairs> struct Attention {
   const Scratch s;
   const int64_t head_dim, depth, width;
   const float factor;
+  const bool queries_in_place, values_in_place;
+  static constexpr int kElements = Pairs ? 2 : 1;  // of a word
 
   explicit Attention(const AttentionArgs &args)
       : a(args), s(thread_scratch(args.head_dim)), head_dim(args.head_dim),
         depth(Pairs ? (head_dim + 1) / 2 : head_dim), width(round_up(head_dim, Vec::N)),
-        factor(float(double(args.scale) * 1.44269504088896341)) {}
+        factor(float(double(args.scale) * 1.44269504088896341)),
+        queries_in_place(sizeof(T) * kElements == sizeof(float) && head_dim % kElements == 0 &&
+                         a.q_token_stride % kElements == 0 && a.q_head_stride % kElements == 0 &&
+                         reinterpret_cast<uintptr_t>(a.q) % sizeof(float) == 0),
+        values_in_place(sizeof(T) == sizeof(float) && width == head_dim) {}
 
   // M rows of the item from `row` on, against its keys [key, key + keys).
   template <int M> void panel(const Item<T> &item, int64_t row, int64_t key, int64_t keys) {
     const bool first = key == 0, last = key + keys == item.keys;
     const T *v = item.v + key * a.v_token_stride;
-    pack_queries<Pairs>(item.q + row * a.q_token_stride, a.q_token_stride, M, head_dim, s.queries);
+    const T *q = item.q + row * a.q_token_stride;
+    T *out = item.out + row * a.out_token_stride;
+    const float *queries = queries_in_place ? reinterpret_cast<const float *>(q) : s.queries;
+    const int64_t query_stride = queries_in_place ? a.q_token_stride / kElements : kPanelStride;
+    if (!queries_in_place) pack_queries<Pairs>(q, a.q_token_stride, M, head_dim, s.queries);
+    prefetch_rows(q + M * a.q_token_stride, a.q_token_stride, smaller(item.rows - row - M, kRows), head_dim);
+    if (last) prefetch_rows<T, true>(out, a.out_token_stride, M, head_dim);
 
     Vec row_max[M];
     for (int i = 0; i < M; i++) row_max[i] = Vec::set(-__builtin_inff());
     for (int64_t j = 0; j < keys; j += kTileKeys) {
-      const int64_t tile_keys = keys - j < kTileKeys ? keys - j : kTileKeys;
+      const int64_t tile_keys = smaller(keys - j, kTileKeys);
       float *tile = s.keys + j * depth;
-      if (row == 0)
-        pack_keys<Pairs>(item.k + (key + j) * a.k_token_stride, a.k_token_stride, tile_keys, head_dim, tile);
-      score_tile<Pairs, M>(s.queries, tile, depth, factor, tile_keys, s.scores + j, row_max);
-    }
-
-    float scale[M], rescale[M];
-    float *weights = Pairs ? s.weights : s.scores;
-    for (int i = 0; i < M; i++) {
-      const float before = first ? -__builtin_inff() : s.maximum[row + i];
-      float maximum = row_max[i].max();
-      if (before > maximum) maximum = before;
-      float sum = weigh_row<Pairs>(s.scores + i * kPanelStride, weights + i * kPanelStride, keys, maximum);
-      if (!first) {
-        rescale[i] = exp2_nonpositive<Pairs>(Vec::set(before - maximum)).max();
-        sum = sum + s.sum[row + i] * rescale[i];
+      if (row == 0) {
+        const T *k = item.k + (key + j) * a.k_token_stride;
+        pack_keys<Pairs>(k, a.k_token_stride, tile_keys, head_dim, tile);
+        prefetch_rows(v + j * a.v_token_stride, a.v_token_stride, tile_keys, head_dim);
+        prefetch_rows(k + kTileKeys * a.k_token_stride, a.k_token_stride, smaller(keys - j - kTileKeys, kTileKeys),
+                      head_dim);
       }
-      s.maximum[row + i] = maximum;
-      s.sum[row + i] = sum;
-      scale[i] = 1.0f / sum;
+      score_tile<Pairs, M>(queries, query_stride, tile, depth, factor, tile_keys, s.scores + j, row_max);
     }
 
-    const bool in_place = values_in_place();
-    if (row == 0 && !in_place) pack_values<Pairs>(v, a.v_token_stride, keys, head_dim, width, s.values);
-    const float *values = in_place ? reinterpret_cast<const float *>(v) : s.values;
-    const int64_t value_stride = in_place ? a.v_token_stride : width;
+    float maximum[M], before[M], sum[M], rescale[M], scale[M];
+    float *weights = Pairs ? s.weights : s.scores;
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++) maximum[i] = row_max[i].max();
+    if (!first)
+      for (int i = 0; i < M; i++) {
+        before[i] = s.maximum[row + i];
+        if (before[i] > maximum[i]) maximum[i] = before[i];
+      }
+    weigh_rows<Pairs, M>(s.scores, weights, keys, maximum, sum);
+    if (!first)
+      for (int i = 0; i < M; i++) {
+        rescale[i] = exp2_nonpositive<Pairs>(Vec::set(before[i] - maximum[i])).max();
+        sum[i] += s.sum[row + i] * rescale[i];
+      }
+    if (!last)
+      for (int i = 0; i < M; i++) {
+        s.maximum[row + i] = maximum[i];
+        s.sum[row + i] = sum[i];
+      }
+    for (int i = 0; i < M; i++) scale[i] = 1.0f / sum[i];
+
+    if (row == 0 && !values_in_place) pack_values<Pairs>(v, a.v_token_stride, keys, head_dim, width, s.values);
+    const float *values = values_in_place ? reinterpret_cast<const float *>(v) : s.values;
+    const int64_t value_stride = values_in_place ? a.v_token_stride : width;
     const int64_t steps = Pairs ? (keys + 1) / 2 : keys;
     const int64_t vecs = width / Vec::N, chunks = (vecs + kTileVecs - 1) / kTileVecs;
     for (int64_t chunk = 0, begin = 0; chunk < chunks; chunk++) {
       const int64_t end = vecs * (chunk + 1) / chunks;
       with_constant<kTileVecs>(end - begin, [&](auto n) {
         multiply_tile<Pairs, M, decltype(n)::value>(
-            weights, values + begin * Vec::N, value_stride, steps, [&](int i, int j, Vec c) {
+            weights, kPanelStride, values + begin * Vec::N, value_stride, steps, [&](int i, int j, Vec c) {
               const int64_t column = (begin + j) * Vec::N, rest = head_dim - column;
               float *partial = s.out + (row + i) * width + column;
               if (!first) c = fma(Vec::load(partial), Vec::set(rescale[i]), c);
               if (!last) return c.store(partial);
-              store(c * Vec::set(scale[i]), item.out + (row + i) * a.out_token_stride + column,
-                    rest < Vec::N ? int(rest) : Vec::N);
+              store(c * Vec::set(scale[i]), out + i * a.out_token_stride + column, int(smaller(rest, Vec::N)));
             });
       });
       begin = end;
     }
   }
-
-  bool values_in_place() const { return sizeof(T) == sizeof(float) && width == head_dim; }
 
   void run(const Item<T> &item) {
     if (item.keys == 0) {
@@ -136,9 +163,9 @@ template <typename T, bool Pairs> struct Attention {
       return;
     }
     for (int64_t key = 0; key < item.keys; key += s.block_keys) {
-      const int64_t keys = item.keys - key < s.block_keys ? item.keys - key : s.block_keys;
+      const int64_t keys = smaller(item.keys - key, s.block_keys);
       for (int64_t row = 0; row < item.rows; row += kRows)
-        with_constant<kRows>(item.rows - row < kRows ? item.rows - row : kRows,
+        with_constant<kRows>(smaller(item.rows - row, kRows),
                              [&](auto m) { panel<decltype(m)::value>(item, row, key, keys); });
     }
   }
@@ -200,7 +227,7 @@ template <typename T, bool Pairs> static void work(const Schedule &plan, int64_t
                        static_cast<const T *>(a.k) + k * a.k_token_stride + head * a.k_head_stride,
                        static_cast<const T *>(a.v) + k * a.v_token_stride + head * a.v_head_stride,
                        static_cast<T *>(a.out) + q * a.out_token_stride + head * a.out_head_stride,
-                       rows - row < step ? rows - row : step, keys});
+                       smaller(rows - row, step), keys});
       }
       begin = end;
     }

@@ -30,7 +30,7 @@ template <bool Pairs> static inline Vec multiply_add(Vec a, Vec b, Vec c) {
 
 // finish(row, column, value) for each vector of a @ b: a is [M, depth] of stride kPanelStride, b [depth, NV vectors].
 template <bool Pairs, int M, int NV, typename F>
-static inline __attribute__((always_inline)) void multiply_tile(const float *a, const float *b, int64_t b_stride,
+static inline __attribute__((always_inline)) void multiply_tile(const float *a, int64_t a_stride, const float *b, int64_t b_stride,
                                                                 int64_t depth, F &&finish) {
   Vec c[M][NV];
 #pragma GCC unroll 8
@@ -43,7 +43,7 @@ static inline __attribute__((always_inline)) void multiply_tile(const float *a, 
     for (int j = 0; j < NV; j++) right[j] = Vec::load(b + j * Vec::N);
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++) {
-      Vec left = Vec::set(a[i * kPanelStride]);
+      Vec left = Vec::set(a[i * a_stride]);
 #pragma GCC unroll 8
       for (int j = 0; j < NV; j++) c[i][j] = multiply_add<Pairs>(left, right[j], c[i][j]);
     }
@@ -73,14 +73,14 @@ static inline Vec keep_lanes(Vec x, int64_t n, float others) {
 // scores[i, j] = factor * q[i] . k[j] for `keys` keys, -inf in the lanes beyond; row_max follows. Long rows are summed in
 // pieces, which keeps the rounding of one chain of fused multiply-adds in bounds.
 template <bool Pairs, int M>
-static inline void score_tile(const float *q, const float *k, int64_t depth, float factor, int64_t keys, float *scores,
+static inline void score_tile(const float *q, int64_t q_stride, const float *k, int64_t depth, float factor, int64_t keys, float *scores,
                               Vec *row_max) {
   with_constant<kTileVecs>((keys + Vec::N - 1) / Vec::N, [&](auto vecs) {
     constexpr int NV = decltype(vecs)::value;
     const int64_t filled = keys - (NV - 1) * Vec::N;
     for (int64_t d = 0; d < depth; d += kChain) {
       const int64_t steps = depth - d < kChain ? depth - d : kChain;
-      multiply_tile<Pairs, M, NV>(q + d, k + d * NV * Vec::N, NV * Vec::N, steps, [&](int i, int j, Vec s) {
+      multiply_tile<Pairs, M, NV>(q + d, q_stride, k + d * NV * Vec::N, NV * Vec::N, steps, [&](int i, int j, Vec s) {
         float *to = scores + i * kPanelStride + j * Vec::N;
         if (d > 0) s = s + Vec::load(to);
         if (d + steps < depth) return s.store(to);
@@ -113,34 +113,31 @@ template <bool Pairs> static inline Vec exp2_nonpositive(Vec x) {
   return scale_by_power_of_two(p, n);
 }
 
-// Scores to weights 2^(score - maximum), in place or, with Pairs, rounded into `weights`; their sum.
-template <bool Pairs> static inline float weigh_row(const float *scores, float *weights, int64_t keys, float maximum) {
-  Vec top = Vec::set(maximum), sum0 = Vec::zero(), sum1 = Vec::zero();
-  int64_t i = 0;
-  for (; i < keys - Vec::N; i += 2 * Vec::N) {
-    Vec low = exp2_nonpositive<Pairs>(Vec::load(scores + i) - top);
-    Vec high = exp2_nonpositive<Pairs>(Vec::load(scores + i + Vec::N) - top);
-    sum0 = sum0 + low;
-    sum1 = sum1 + high;
+// Scores to weights 2^(score - maximum), in place or, with Pairs, rounded into `weights`; sum[i] is row i's.
+template <bool Pairs, int M>
+static inline void weigh_rows(const float *scores, float *weights, int64_t keys, const float *maximum, float *sum) {
+  Vec top[M], total[M];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++) {
+    top[i] = Vec::set(maximum[i]);
+    total[i] = Vec::zero();
+  }
+  for (int64_t key = 0; key < keys; key += Vec::N) {
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++) {
+      Vec weight = exp2_nonpositive<Pairs>(Vec::load(scores + i * kPanelStride + key) - top[i]);
+      total[i] = total[i] + weight;
 #if defined(CLINFAST_AVX512_BF16)
-    if (Pairs) {
-      to_pairs(low, high).store(weights + i / 2);
-      continue;
+      if (Pairs) {
+        store_pairs(weight, weights + i * kPanelStride + key / 2);
+        continue;
+      }
+#endif
+      weight.store(weights + i * kPanelStride + key);
     }
-#endif
-    low.store(weights + i);
-    high.store(weights + i + Vec::N);
   }
-  if (i < keys) {
-    Vec low = exp2_nonpositive<Pairs>(Vec::load(scores + i) - top);
-    sum0 = sum0 + low;
-#if defined(CLINFAST_AVX512_BF16)
-    if (Pairs) to_pairs(low, Vec::zero()).store(weights + i / 2);
-    else
-#endif
-      low.store(weights + i);
-  }
-  return (sum0 + sum1).sum();
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++) sum[i] = total[i].sum();
 }
 
 }  // namespace CLINFAST_ISA

@@ -8,7 +8,7 @@
 namespace clinfast {
 namespace CLINFAST_ISA {
 
-// exp(-x) for x = n ln 2 - r given apart, times `factor`.
+// factor * exp(n ln 2 + r). The power of two comes last: the exponential alone may be subnormal.
 static inline Vec scaled_exp(Vec n, Vec r, Vec factor) { return scale_by_power_of_two(exp_polynomial(r) * factor, n); }
 
 // t * t - square, which rounding took from square.
@@ -23,7 +23,8 @@ static inline Vec square_residue(Vec t, Vec square) {
 }
 
 // x Phi(x). Phi(-t) = exp(-t^2 / 2) * erfcx(t / sqrt 2) / 2; (t + 4) times the second factor is a polynomial in
-// (t - 4) / (t + 4), a Lawson fit on [0, 14.6], relative error 9e-9. Beyond, the result is below the least fp32.
+// (t - 4) / (t + 4), a Lawson fit on [0, 14.6] to 9e-9; beyond, the result is below the least fp32. Relative error of
+// the whole, swept: 4.4e-7 for positive x, 5.4e-7 for negative x.
 static inline Vec gelu_erf(Vec x) {
   Vec t = min(Vec::set(14.6f), abs(x));
   Vec square = t * t;

@@ -119,8 +119,8 @@ template <int S> static inline void swap_blocks(Vec &a, Vec &b) {
 static inline Vec dot_pairs(Vec a, Vec b, Vec c) {
   return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
 }
-// Thirty-two floats to sixteen such lanes, in memory order.
-static inline Vec to_pairs(Vec low, Vec high) { return {(__m512)_mm512_cvtne2ps_pbh(high.v, low.v)}; }
+// Sixteen floats as eight such words.
+static inline void store_pairs(Vec x, float *words) { _mm256_storeu_ps(words, (__m256)_mm512_cvtneps_pbh(x.v)); }
 // Row elements 2i and 2i + 1 in lane i; n elements are read, the others are 0.
 static inline Vec load_pairs(const bf16_t *p, int n) {
   return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1u : 0xffffffffu, p))};

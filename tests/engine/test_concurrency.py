@@ -273,7 +273,7 @@ with torch.no_grad():
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     assert torch.equal(run(model, **inputs)["last_hidden_state"], expected)
-    sys.exit(code)
+    os._exit(code)
 """
 HELD = """
 def hold():
@@ -293,8 +293,6 @@ for _ in range(3): threading.Thread(target=calls, daemon=True).start()
 @pytest.mark.parametrize("before", ["", HELD, BUSY], ids=["quiet", "lock-held", "busy"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_forked_child_computes_after_its_parent_did(threads, before):
-    if before is HELD:
-        before = HELD
     code = FORK.format(tests=str(Path(__file__).parents[1]), threads=threads, before=before)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)

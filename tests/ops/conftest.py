@@ -3,4 +3,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from helpers import isa  # noqa: E402, F401
+from helpers import isa  # noqa: F401
