@@ -112,7 +112,7 @@ def benchmarks() -> dict[str, Any]:
             "-o",
             "python_functions=bench_*",
             f"--benchmark-json={out}",
-        )  # fmt: skip
+        )
     )
 
 

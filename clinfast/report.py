@@ -63,8 +63,9 @@ class Report:
                 f"{facts['head']}, computed in {facts['compute_dtype']}, padding {facts['padding']}"
             )
             same_bits = "proved on this machine" if facts["reproducible"] else "not proved on this machine"
+            linears = facts["linear"] or "packed at the next call"
             lines.append(
-                f"    linears: {facts['linear'] or 'packed at the next call'}; kernels: {self.isa or 'torch'}; extra memory "
+                f"    linears: {linears}; kernels: {self.isa or 'torch'}; extra memory "
                 f"{facts['packed_bytes'] / 2**20:.0f} MiB; same note, same bits: {same_bits}"
             )
             if unit.canary_error is not None:

@@ -31,7 +31,7 @@ def batches_of(inputs: Any) -> list[dict[str, Any]]:
             )
         for name, value in batch.items():
             if isinstance(value, list):
-                raise TypeError(f"inputs[{name!r}] is a list; call the tokenizer with return_tensors='pt', padding=True")
+                raise TypeError(f"inputs[{name!r}] is a list; pass return_tensors='pt', padding=True to the tokenizer")
     if not batches:
         raise ValueError("inputs is empty; pass at least one batch")
     return [dict(batch) for batch in batches]

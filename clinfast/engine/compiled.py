@@ -60,7 +60,7 @@ def announce(encoder: Encoder) -> None:
 
 def forward(encoder: Encoder, request: Request) -> EncoderOutput | None:
     """What the patched forward calls while it is being traced; None where the model's dtype is not served."""
-    weights = [ref.module._parameters[ref.name] for ref in encoder.refs]
+    weights: list[Tensor] = [ref.module._parameters[ref.name] for ref in encoder.refs]  # type: ignore[misc]
     if not _serves(encoder.precision, weights[0].dtype):
         return None
     with torch.no_grad():

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinfast.engine.spec import EncoderSpec, HeadSpec, ParameterRef
 from clinfast.backends.cpu import sampling as samplers
+from clinfast.engine.spec import EncoderSpec, HeadSpec, ParameterRef
 from clinfast.ops import registry
 from clinfast.ops.linear import PackedLinear, prepack
 

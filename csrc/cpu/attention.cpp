@@ -80,7 +80,7 @@ template <typename T, bool Pairs> struct Attention {
   explicit Attention(const AttentionArgs &args)
       : a(args), s(thread_scratch(args.head_dim)), head_dim(args.head_dim),
         depth(Pairs ? (head_dim + 1) / 2 : head_dim), width(round_up(head_dim, Vec::N)),
-        factor(float(double(args.scale) * 1.44269504088896341)),
+        factor(float(double(args.scale < 0 ? -args.scale : args.scale) * 1.44269504088896341)),
         queries_in_place(sizeof(T) * kElements == sizeof(float) && head_dim % kElements == 0 &&
                          a.q_token_stride % kElements == 0 && a.q_head_stride % kElements == 0 &&
                          reinterpret_cast<uintptr_t>(a.q) % sizeof(float) == 0),
@@ -110,7 +110,7 @@ template <typename T, bool Pairs> struct Attention {
         prefetch_rows(k + kTileKeys * a.k_token_stride, a.k_token_stride, smaller(keys - j - kTileKeys, kTileKeys),
                       head_dim);
       }
-      score_tile<Pairs, M>(queries, query_stride, tile, depth, factor, tile_keys, s.scores + j, row_max);
+      score_tile<Pairs, M>(queries, query_stride, tile, depth, a.scale < 0, tile_keys, s.scores + j, row_max);
     }
 
     float maximum[M], before[M], sum[M], rescale[M], scale[M];
@@ -122,10 +122,10 @@ template <typename T, bool Pairs> struct Attention {
         before[i] = s.maximum[row + i];
         if (before[i] > maximum[i]) maximum[i] = before[i];
       }
-    weigh_rows<Pairs, M>(s.scores, weights, keys, maximum, sum);
+    weigh_rows<Pairs, M>(s.scores, weights, keys, factor, maximum, sum);
     if (!first)
       for (int i = 0; i < M; i++) {
-        rescale[i] = exp2_nonpositive<Pairs>(Vec::set(before[i] - maximum[i])).max();
+        rescale[i] = exp2_nonpositive<Pairs>(Vec::set((before[i] - maximum[i]) * factor)).max();
         sum[i] += s.sum[row + i] * rescale[i];
       }
     if (!last)

@@ -73,7 +73,7 @@ static inline Vec keep_lanes(Vec x, int64_t n, float others) {
 // scores[i, j] = factor * q[i] . k[j] for `keys` keys, -inf in the lanes beyond; row_max follows. Long rows are summed in
 // pieces, which keeps the rounding of one chain of fused multiply-adds in bounds.
 template <bool Pairs, int M>
-static inline void score_tile(const float *q, int64_t q_stride, const float *k, int64_t depth, float factor, int64_t keys, float *scores,
+static inline void score_tile(const float *q, int64_t q_stride, const float *k, int64_t depth, bool negate, int64_t keys, float *scores,
                               Vec *row_max) {
   with_constant<kTileVecs>((keys + Vec::N - 1) / Vec::N, [&](auto vecs) {
     constexpr int NV = decltype(vecs)::value;
@@ -84,19 +84,22 @@ static inline void score_tile(const float *q, int64_t q_stride, const float *k, 
         float *to = scores + i * kPanelStride + j * Vec::N;
         if (d > 0) s = s + Vec::load(to);
         if (d + steps < depth) return s.store(to);
-        s = s * Vec::set(factor);
-        if (j == NV - 1 && filled < Vec::N) s = keep_lanes(s, filled, -__builtin_inff());
+        if (negate) s = Vec::zero() - s;
+        s = max(Vec::set(-1e30f), s);
         s.store(to);
+        if (j == NV - 1 && filled < Vec::N) s = keep_lanes(s, filled, -__builtin_inff());
         row_max[i] = max(row_max[i], s);
       });
     }
   });
 }
 
-// 2^x for x <= 0, 0 below -150; a NaN stays a NaN. The polynomial of degree 5 is within 9.2e-8, that of degree 3 within
+// 2^x for finite x <= 0, 0 below -150; a NaN stays a NaN. The polynomial of degree 5 is within 9.2e-8, that of degree 3 within
 // 1.1e-4, far below the rounding to bf16 that follows.
 template <bool Pairs> static inline Vec exp2_nonpositive(Vec x) {
+#if !defined(CLINFAST_AVX512)
   x = max(Vec::set(-151.0f), x);
+#endif
   Vec n = round(x);
   Vec r = x - n;
   Vec p;
@@ -115,17 +118,19 @@ template <bool Pairs> static inline Vec exp2_nonpositive(Vec x) {
 
 // Scores to weights 2^(score - maximum), in place or, with Pairs, rounded into `weights`; sum[i] is row i's.
 template <bool Pairs, int M>
-static inline void weigh_rows(const float *scores, float *weights, int64_t keys, const float *maximum, float *sum) {
-  Vec top[M], total[M];
+static inline void weigh_rows(const float *scores, float *weights, int64_t keys, float factor, const float *maximum, float *sum) {
+  Vec shift[M], total[M];
+  const Vec slope = Vec::set(factor);
 #pragma GCC unroll 8
   for (int i = 0; i < M; i++) {
-    top[i] = Vec::set(maximum[i]);
+    shift[i] = Vec::set(-maximum[i] * factor);
     total[i] = Vec::zero();
   }
   for (int64_t key = 0; key < keys; key += Vec::N) {
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++) {
-      Vec weight = exp2_nonpositive<Pairs>(Vec::load(scores + i * kPanelStride + key) - top[i]);
+      Vec weight = exp2_nonpositive<Pairs>(fma(Vec::load(scores + i * kPanelStride + key), slope, shift[i]));
+      if (key + Vec::N > keys) weight = keep_lanes(weight, keys - key, 0.0f);
       total[i] = total[i] + weight;
 #if defined(CLINFAST_AVX512_BF16)
       if (Pairs) {

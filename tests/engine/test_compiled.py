@@ -316,7 +316,7 @@ def encode_arguments(head, **options):
 
 @pytest.mark.parametrize("head", ["base", "no-pooler", "sequence", "token"])
 def test_opcheck(head):
-    model, arguments = encode_arguments(head)
+    _, arguments = encode_arguments(head)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.clinfast.encode.default, arguments, test_utils=tests)
     arguments[1], arguments[2] = None, INPUTS["input_ids"] % 2

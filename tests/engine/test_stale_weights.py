@@ -289,7 +289,7 @@ def test_a_child_process_writes_to_shared_weights():
 
 
 def test_resized_embeddings_are_never_stale():
-    model, before = optimized("mlm")
+    model, _ = optimized("mlm")
     model.resize_token_embeddings(150)
     with_new_ids = {**INPUTS, "input_ids": INPUTS["input_ids"] + 50}
     assert difference(run(model, **with_new_ids), run(copy.deepcopy(model), **with_new_ids)) < 1e-4

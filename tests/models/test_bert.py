@@ -137,7 +137,9 @@ def test_each_compiled_kernel_runs():
     layers = s.model.config.num_hidden_layers
     ran = {name: count - before.get(name, 0) for name, count in registry.calls.items()}
     assert ran["pack[cpu]"] == ran["embedding[cpu]"] == ran["unpack[cpu]"] == ran["pooling[cpu]"] == 1
-    assert ran["attention[cpu]"] == layers and ran["layer_norm[cpu]"] == 2 * layers
+    # A layer is one call, or one of each op.
+    if ran.get("encoder_layer[cpu]", 0) != layers:
+        assert ran["attention[cpu]"] == layers and ran["layer_norm[cpu]"] == 2 * layers
     assert not any(count for name, count in ran.items() if "[torch]" in name)
 
 
@@ -199,7 +201,8 @@ def test_a_row_without_tokens_is_finite_and_leaves_the_others_alone(head, backen
 
 @pytest.mark.parametrize("head", ["no-pooler", "token"])
 def test_a_batch_without_any_token(head):
-    (values,) = run(subject(head).model, input_ids=ids(2, 9), attention_mask=torch.zeros(2, 9, dtype=torch.int64)).values()
+    mask = torch.zeros(2, 9, dtype=torch.int64)
+    (values,) = run(subject(head).model, input_ids=ids(2, 9), attention_mask=mask).values()
     assert values.shape[:2] == (2, 9) and not values.any()
 
 

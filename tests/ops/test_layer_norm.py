@@ -1,8 +1,8 @@
 import pytest
 import torch
+from helpers import assert_within_budget, offset_view, opcheck
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from helpers import assert_within_budget, isa, offset_view, opcheck  # noqa: F401
 
 from clinfast.backends import torch as torch_backend
 from clinfast.backends.cpu.layer_norm import layer_norm as compiled

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import assert_within_budget, isa, offset_view, opcheck  # noqa: F401
+from helpers import assert_within_budget, offset_view, opcheck
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

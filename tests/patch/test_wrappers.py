@@ -271,6 +271,12 @@ class TestCompile:
         assert pair.model.classifier.weight.grad is not None
         assert self.ours() == [False]
 
+    def test_inference_only_in_grad_mode(self):
+        pair = Pair("token", inference_only=True)
+        logits = self.compile(pair.model)(**INPUTS).logits
+        assert self.ours() == [True] and not logits.requires_grad
+        close({"logits": logits}, run(pair.stock, **INPUTS), INPUTS["attention_mask"])
+
     def test_odd_arguments_are_stock(self):
         pair = Pair()
         embeds = pair.model.embeddings.word_embeddings(INPUTS["input_ids"]).detach()
