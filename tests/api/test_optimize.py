@@ -342,7 +342,7 @@ def test_disabled_by_environment(monkeypatch):
 
 def run_python(code, **environment):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_a_backend_for_one_op_by_environment():

@@ -113,8 +113,6 @@ def embedder():
     return sentence_transformers.SentenceTransformer(FOLDER, device="cpu")
 
 
-
-
 def embeddings(embedder, dtype, texts=NOTES, **arguments):
     embedder.to(dtype)
     return embedder.encode(texts, convert_to_tensor=True, **arguments)

@@ -56,15 +56,18 @@ def assert_close(a, b, atol=1e-4, mask=None):
         torch.testing.assert_close(x.float(), y.float(), rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("options", [{}, {"backend": "torch"}, {"padding": "keep"}, {"precision": "bf16"}], ids=str)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+OPTIONS = [{}, {"backend": "torch"}, {"padding": "keep"}, {"precision": "bf16"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("head", HEADS)
-def test_same_bits_as_without_compile(head, backend, options):
+def test_same_bits_as_without_compile(head, options):
+    backend = "eager" if options else "aot_eager"
     model = clinfast.optimize(make(head), **options)
     eager = run(model, **INPUTS)
     fast, counter = compile_counted(model, backend)
     out = run(fast, **INPUTS)
-    assert len([name for name in ops_of(counter)[0]]) == 1 and counter.frame_count == 1
+    assert ops_of(counter)[0] == ["clinfast.encode"] and counter.frame_count == 1
     assert out.keys() == eager.keys()
     for name in out:
         if head in ("qa", "mlm"):
@@ -347,13 +350,11 @@ def test_export_holds_the_stock_model():
     assert not any("clinfast" in str(node.target) for node in program.graph.nodes)
     expected = patch.stock_forward(model, **INPUTS).logits
     torch.testing.assert_close(program.module()(**INPUTS).logits, expected, rtol=0, atol=1e-5)
-    assert clinfast.report(model).calls_fast >= 0 and run(model, **INPUTS)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ with g++, which is not here")
-@pytest.mark.parametrize("head", ["base", "mlm"])
-def test_inductor(head):
-    model = clinfast.optimize(make(head))
+def test_inductor():
+    model = clinfast.optimize(make())
     expected = run(model, **INPUTS)
     fast = torch.compile(model, fullgraph=True)
     assert_close(run(fast, **INPUTS), expected, atol=1e-5)
