@@ -13,11 +13,13 @@ from clinfast.api import (
     verify,
     warmup,
 )
+from clinfast.engine.spec import Unsupported
 
 __version__ = "0.1.0"
 __all__ = [
     "ClinfastWarning",
     "StrictError",
+    "Unsupported",
     "disabled",
     "info",
     "optimize",

@@ -93,6 +93,12 @@ def optimize(
     options = Options(precision, backend, padding, reproducible, inference_only, strict, weights)
     if backend == "cpu" and cpu.unavailable() is not None:
         raise ValueError(f"backend='cpu' is not there: {cpu.unavailable()}; backend='torch' works everywhere")
+    if backend == "auto" and cpu.unavailable() is not None:
+        warnings.warn(
+            f"the compiled kernels are not there ({cpu.unavailable()}); pure PyTorch serves, at a part of the speed",
+            ClinfastWarning,
+            stacklevel=2,
+        )
     units = patch.find_units(model)
     if not units:
         raise ValueError(

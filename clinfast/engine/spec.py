@@ -62,6 +62,23 @@ class EncoderSpec:
                 names += [f"layers.{i}.{stem}.weight", f"layers.{i}.{stem}.bias"]
         return tuple(names)
 
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight by canonical name."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        linears = dict.fromkeys(LAYER_LINEARS, (hidden, hidden))
+        linears |= {"ffn_in": (inner, hidden), "ffn_out": (hidden, inner)}
+        tables = {"word": self.vocab_size, "position": self.max_positions, "token_type": self.type_vocab_size}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in self.parameter_names():
+            *_, stem, kind = name.split(".")
+            if stem in tables:
+                shapes[name] = (tables[stem], hidden)
+            elif stem in linears:
+                shapes[name] = linears[stem] if kind == "weight" else linears[stem][:1]
+            else:
+                shapes[name] = (hidden,)
+        return shapes
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 

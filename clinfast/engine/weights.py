@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clinfast.backends.cpu import sampling as samplers
-from clinfast.engine.spec import EncoderSpec, HeadSpec, ParameterRef
+from clinfast.engine.spec import EncoderSpec, HeadSpec, ParameterRef, Unsupported
 from clinfast.ops import registry
 from clinfast.ops.linear import PackedLinear, prepack
 
@@ -63,6 +63,7 @@ def pack_weights(
     spec: EncoderSpec, head: HeadSpec, tensors: dict[str, Tensor], dtype: torch.dtype, backend: str
 ) -> PackedWeights:
     """Copy the linears into the layout of the backend, in `dtype`; embedding tables are used where they lie."""
+    _check(spec, head, tensors)
     copied: list[int] = []
 
     def linear(*stems: str) -> PackedLinear:
@@ -121,6 +122,22 @@ def pack_weights(
         dtype=dtype,
         nbytes=sum(copied),
     )
+
+
+def _check(spec: EncoderSpec, head: HeadSpec, tensors: dict[str, Tensor]) -> None:
+    """An edit in place can give a weight another shape, dtype or device than the model was matched with."""
+    first = tensors["embedding.word.weight"]
+    expected = spec.parameter_shapes()
+    if head.pooler:
+        expected |= {"pooler.weight": (spec.hidden_size, spec.hidden_size), "pooler.bias": (spec.hidden_size,)}
+    if head.classifier:
+        labels = len(tensors["classifier.bias"])
+        expected |= {"classifier.weight": (labels, spec.hidden_size), "classifier.bias": (labels,)}
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise Unsupported(f"the weight {name} no longer has the shape that the model was optimized with")
+        if tensor.dtype is not first.dtype or tensor.device != first.device:
+            raise Unsupported(f"the weight {name} is not of the model's one dtype and device any more")
 
 
 def _fuse(layers: list[PackedLayer], backend: str) -> Any:
