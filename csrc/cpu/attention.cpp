@@ -9,8 +9,8 @@
 namespace clinfast {
 namespace CLINFAST_ISA {
 
-// Rows of one work item, which share the packing of keys and values: at 384 it is about 1% of the work.
-static constexpr int64_t kMaxRows = 384, kMinRows = 48;
+// Most and fewest rows of a work item. They share the packing of its keys and values, 1% of the work at 400 rows.
+static constexpr int64_t kMaxRows = 768, kMinRows = 48;
 // Packing a key costs about as much as this many more rows.
 static constexpr int64_t kPackRows = 8;
 // Below this many multiply-adds (about 3 us), waking a team costs more than it gains.
@@ -21,8 +21,10 @@ static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 
 struct Scratch {
   float *keys, *values, *queries, *scores, *weights, *out, *maximum, *sum;
-  int64_t block_keys;
 };
+
+// Wide heads take half the keys and rows at a time, to stay within L2.
+static int64_t halved(int64_t n, int64_t head_dim) { return head_dim <= kMaxHeadDim / 2 ? n : n / 2; }
 
 static Scratch thread_scratch(int64_t head_dim) {
   static thread_local struct Arena {
@@ -32,14 +34,14 @@ static Scratch thread_scratch(int64_t head_dim) {
   } arena;
   Scratch s;
   const int64_t width = round_up(head_dim, Vec::N);
-  s.block_keys = head_dim <= kMaxHeadDim / 2 ? kBlockKeys : kBlockKeys / 2;
+  const int64_t block_keys = halved(kBlockKeys, head_dim), max_rows = halved(kMaxRows, head_dim);
   const struct {
     float **part;
     int64_t floats;
-  } parts[] = {{&s.keys, head_dim * s.block_keys}, {&s.values, width * s.block_keys},
+  } parts[] = {{&s.keys, head_dim * block_keys}, {&s.values, width * block_keys},
                {&s.queries, kRows * kPanelStride}, {&s.scores, kRows * kPanelStride},
-               {&s.weights, kRows * kPanelStride}, {&s.out, kMaxRows * width},
-               {&s.maximum, kMaxRows},             {&s.sum, kMaxRows}};
+               {&s.weights, kRows * kPanelStride}, {&s.out, max_rows * width},
+               {&s.maximum, max_rows},             {&s.sum, max_rows}};
   size_t bytes = 0;
   for (const auto &p : parts) bytes += size_t(round_up(p.floats, 16)) * sizeof(float);
   if (bytes > arena.bytes) {
@@ -140,19 +142,25 @@ template <typename T, bool Pairs> struct Attention {
     const int64_t value_stride = values_in_place ? a.v_token_stride : width;
     const int64_t steps = Pairs ? (keys + 1) / 2 : keys;
     const int64_t vecs = width / Vec::N, chunks = (vecs + kTileVecs - 1) / kTileVecs;
-    for (int64_t chunk = 0, begin = 0; chunk < chunks; chunk++) {
-      const int64_t end = vecs * (chunk + 1) / chunks;
-      with_constant<kTileVecs>(end - begin, [&](auto n) {
-        multiply_tile<Pairs, M, decltype(n)::value>(
-            weights, kPanelStride, values + begin * Vec::N, value_stride, steps, [&](int i, int j, Vec c) {
-              const int64_t column = (begin + j) * Vec::N, rest = head_dim - column;
-              float *partial = s.out + (row + i) * width + column;
-              if (!first) c = fma(Vec::load(partial), Vec::set(rescale[i]), c);
-              if (!last) return c.store(partial);
-              store(c * Vec::set(scale[i]), out + i * a.out_token_stride + column, int(smaller(rest, Vec::N)));
-            });
-      });
-      begin = end;
+    for (int64_t step = 0; step < steps; step += kValueChain) {
+      const int64_t count = smaller(steps - step, kValueChain);
+      const bool resumed = !first || step > 0, done = last && step + count == steps;
+      for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t begin = vecs * chunk / chunks, end = vecs * (chunk + 1) / chunks;
+        with_constant<kTileVecs>(end - begin, [&](auto n) {
+          multiply_tile<Pairs, M, decltype(n)::value>(
+              weights + step, kPanelStride, values + step * value_stride + begin * Vec::N, value_stride, count,
+              [&](int i, int j, Vec c) {
+                const int64_t column = (begin + j) * Vec::N;
+                float *partial = s.out + (row + i) * width + column;
+                if (resumed) c = fma(Vec::load(partial), Vec::set(rescale[i]), c);
+                if (!done) return c.store(partial);
+                const int64_t lanes = smaller(head_dim - column, Vec::N);
+                store(c * Vec::set(scale[i]), out + i * a.out_token_stride + column, int(lanes));
+              });
+        });
+      }
+      for (int i = 0; i < M; i++) rescale[i] = 1.0f;
     }
   }
 
@@ -162,8 +170,9 @@ template <typename T, bool Pairs> struct Attention {
         memset(item.out + row * a.out_token_stride, 0, size_t(head_dim) * sizeof(T));
       return;
     }
-    for (int64_t key = 0; key < item.keys; key += s.block_keys) {
-      const int64_t keys = smaller(item.keys - key, s.block_keys);
+    const int64_t block_keys = halved(kBlockKeys, head_dim);
+    for (int64_t key = 0; key < item.keys; key += block_keys) {
+      const int64_t keys = smaller(item.keys - key, block_keys);
       for (int64_t row = 0; row < item.rows; row += kRows)
         with_constant<kRows>(smaller(item.rows - row, kRows),
                              [&](auto m) { panel<decltype(m)::value>(item, row, key, keys); });
@@ -193,7 +202,8 @@ struct Schedule {
 
   int64_t rows_per_item(int64_t note) const {
     const int64_t n = rows(note);
-    int64_t parts = (n + kMaxRows - 1) / kMaxRows;
+    const int64_t max_rows = halved(kMaxRows, a.head_dim);
+    int64_t parts = (n + max_rows - 1) / max_rows;
     if (threads > 1) {
       const int64_t wanted = n * keys(note) / share + 1, most = n / kMinRows;
       if (parts < wanted) parts = wanted < most ? wanted : (most > parts ? most : parts);

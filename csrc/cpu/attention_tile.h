@@ -17,7 +17,8 @@ static constexpr int kTileVecs = 2;
 static constexpr int kTileKeys = kTileVecs * Vec::N;
 static constexpr int kBlockKeys = 512;
 static constexpr int kMaxHeadDim = 256;
-static constexpr int64_t kChain = 128;
+// Longest chains of fused multiply-adds, for the sake of their rounding: longer sums are made of such pieces.
+static constexpr int64_t kScoreChain = 128, kValueChain = 256;
 // Row stride of the left operands and the scores. The odd cache line keeps rows out of each other's L1 sets.
 static constexpr int kPanelStride = kBlockKeys + 16;
 
@@ -70,16 +71,15 @@ static inline Vec keep_lanes(Vec x, int64_t n, float others) {
   return select_less(Vec::load(iota), Vec::set(float(n)), x, Vec::set(others));
 }
 
-// scores[i, j] = factor * q[i] . k[j] for `keys` keys, -inf in the lanes beyond; row_max follows. Long rows are summed in
-// pieces, which keeps the rounding of one chain of fused multiply-adds in bounds.
+// scores[i, j] = q[i] . k[j], or its negative, for `keys` keys and zeros in the lanes beyond; row_max follows.
 template <bool Pairs, int M>
 static inline void score_tile(const float *q, int64_t q_stride, const float *k, int64_t depth, bool negate, int64_t keys, float *scores,
                               Vec *row_max) {
   with_constant<kTileVecs>((keys + Vec::N - 1) / Vec::N, [&](auto vecs) {
     constexpr int NV = decltype(vecs)::value;
     const int64_t filled = keys - (NV - 1) * Vec::N;
-    for (int64_t d = 0; d < depth; d += kChain) {
-      const int64_t steps = depth - d < kChain ? depth - d : kChain;
+    for (int64_t d = 0; d < depth; d += kScoreChain) {
+      const int64_t steps = depth - d < kScoreChain ? depth - d : kScoreChain;
       multiply_tile<Pairs, M, NV>(q + d, q_stride, k + d * NV * Vec::N, NV * Vec::N, steps, [&](int i, int j, Vec s) {
         float *to = scores + i * kPanelStride + j * Vec::N;
         if (d > 0) s = s + Vec::load(to);

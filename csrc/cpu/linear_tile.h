@@ -19,6 +19,8 @@ static constexpr int kPanel = kTileVecs * Vec::N;
 static constexpr int64_t kBlockSteps = 384, kBlockBytes = 196608;
 static constexpr int64_t kMaxBlockRows = kBlockBytes / (kBlockSteps * 2);
 static constexpr int64_t kFetchSteps = 32;
+// Longest chain of multiply-adds, for the sake of its rounding: longer sums are made of such pieces.
+static constexpr int64_t kChainSteps = 192;
 
 template <typename T> struct Layout {
   using Word = T;
@@ -51,37 +53,41 @@ static inline void multiply_rows(const T *x, int64_t stride, int64_t in_features
                                  const typename Layout<T>::Word *block, const char *next, int64_t lines,
                                  bool accumulate, float *sums) {
   using L = Layout<T>;
-  Vec c[M][kTileVecs];
-#pragma GCC unroll 8
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 8
-    for (int j = 0; j < kTileVecs; j++) c[i][j] = Vec::zero();
   const int64_t per_round = lines * kFetchSteps / count + 1;
   int64_t asked = 0;
-  for (int64_t begin = 0; begin < count; begin += kFetchSteps) {
-    const int64_t end = begin + kFetchSteps < count ? begin + kFetchSteps : count;
-    for (int64_t s = begin; s < end; s++) {
-      Vec right[kTileVecs];
+  for (int64_t chain = 0; chain < count; chain += kChainSteps) {
+    const int64_t chain_end = chain + kChainSteps < count ? chain + kChainSteps : count;
+    Vec c[M][kTileVecs];
 #pragma GCC unroll 8
-      for (int j = 0; j < kTileVecs; j++) right[j] = L::right(block + s * kPanel + j * Vec::N);
+    for (int i = 0; i < M; i++)
 #pragma GCC unroll 8
-      for (int i = 0; i < M; i++) {
-        Vec left = L::left(x + i * stride, step + s, in_features);
+      for (int j = 0; j < kTileVecs; j++) c[i][j] = Vec::zero();
+    for (int64_t begin = chain; begin < chain_end; begin += kFetchSteps) {
+      const int64_t end = begin + kFetchSteps < chain_end ? begin + kFetchSteps : chain_end;
+      for (int64_t s = begin; s < end; s++) {
+        Vec right[kTileVecs];
 #pragma GCC unroll 8
-        for (int j = 0; j < kTileVecs; j++) c[i][j] = L::multiply_add(left, right[j], c[i][j]);
+        for (int j = 0; j < kTileVecs; j++) right[j] = L::right(block + s * kPanel + j * Vec::N);
+#pragma GCC unroll 8
+        for (int i = 0; i < M; i++) {
+          Vec left = L::left(x + i * stride, step + s, in_features);
+#pragma GCC unroll 8
+          for (int j = 0; j < kTileVecs; j++) c[i][j] = L::multiply_add(left, right[j], c[i][j]);
+        }
       }
+      const int64_t until = asked + per_round < lines ? asked + per_round : lines;
+      for (; asked < until; asked++) __builtin_prefetch(next + asked * 64, 0, 2);
     }
-    const int64_t until = asked + per_round < lines ? asked + per_round : lines;
-    for (; asked < until; asked++) __builtin_prefetch(next + asked * 64, 0, 2);
+    const bool add = accumulate || chain > 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
+      for (int j = 0; j < kTileVecs; j++) {
+        float *to = sums + i * kPanel + j * Vec::N;
+        if (add) c[i][j] = c[i][j] + Vec::load(to);
+        c[i][j].store(to);
+      }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 8
-    for (int j = 0; j < kTileVecs; j++) {
-      float *to = sums + i * kPanel + j * Vec::N;
-      if (accumulate) c[i][j] = c[i][j] + Vec::load(to);
-      c[i][j].store(to);
-    }
 }
 
 template <int N> struct RowCount {
