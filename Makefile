@@ -16,7 +16,9 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -q
 
 lint: $(VENV)/.test
-	$(BIN)/python -m pip install -q ".[lint]" && $(BIN)/ruff check . && $(BIN)/mypy
+	$(BIN)/python -m pip install -q --disable-pip-version-check "ruff>=0.8" "mypy>=1.13"
+	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks run --json benchmarks/results/cpu.json
