@@ -168,6 +168,17 @@ def test_refresh_sees_a_write_to_single_rows_through_data(rows):
     assert_fresh(model, before)
 
 
+@pytest.mark.parametrize("call", ["train", "grad"])
+def test_after_a_call_in_training_or_grad_mode_no_write_is_missed(call):
+    """What a training step changes need not lie where the samples are."""
+    model, before = optimized()
+    model.train(call == "train")
+    model(**INPUTS)
+    model.encoder.layer[0].intermediate.dense.weight.data[5] += 3.0
+    model.eval()
+    assert_fresh(model, before)
+
+
 def test_embedding_rows_are_read_live():
     model, before = optimized()
     model.embeddings.word_embeddings.weight.data[INPUTS["input_ids"][0, 1]] *= -2.0
