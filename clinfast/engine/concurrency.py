@@ -16,49 +16,47 @@ import torch
 
 
 class Gate:
-    """Lets so many threads in; a thread that is inside already passes, since it must not wait for itself."""
+    """Lets so many threads in; a thread that is inside already passes, since it must not wait for itself.
+
+    Who is inside is a set of threads, not a count: a signal handler may call the model between any two steps of this
+    code, and then a thread is found inside or not, never half-way.
+    """
 
     def __init__(self) -> None:
         self.renew()
 
     def renew(self) -> None:
-        self._condition = threading.Condition()
-        self._running = 0
-        self._own = threading.local()
+        self._condition = threading.Condition()  # its RLock lets a signal handler of the holder in
+        self._inside: set[int] = set()
 
     @contextmanager
     def room(self) -> Iterator[None]:
-        own = self._own
-        if getattr(own, "inside", False):
+        me = threading.get_ident()
+        if me in self._inside:
             yield
             return
-        self._enter(max(1, available_cores() // torch.get_num_threads()))
-        own.inside = True
         try:
+            self._enter(me, max(1, available_cores() // torch.get_num_threads()))
             yield
         finally:
-            own.inside = False
-            self._leave()
+            self._leave(me)
 
-    def _enter(self, limit: int) -> None:
+    def _enter(self, me: int, limit: int) -> None:
         with self._condition:
-            try:
-                while self._running >= limit:
-                    self._condition.wait()
-            except BaseException:  # an interrupted waiter hands on the notice that it may have got
-                self._condition.notify()
-                raise
-            self._running += 1
+            while len(self._inside) >= limit:
+                self._condition.wait()
+            self._inside.add(me)
 
-    def _leave(self) -> None:
+    def _leave(self, me: int) -> None:
         with self._condition:
-            self._running -= 1
-            # All, since limits differ between threads: the one that a single notice reaches may have to wait on.
+            self._inside.discard(me)
+            # All, since limits differ between threads: the one that a single notice reaches may have to wait on. And
+            # an interrupted waiter, which was never inside, so hands on the notice that it may have got.
             self._condition.notify_all()
 
 
 class ForkSafeLock:
-    """A lock that is free in a forked child, whoever held it in the parent."""
+    """A lock that is free in a forked child, whoever held it in the parent, and for a signal handler of its holder."""
 
     __slots__ = ("__weakref__", "_lock")
 
@@ -67,7 +65,7 @@ class ForkSafeLock:
         _locks.add(self)
 
     def renew(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __enter__(self) -> None:
         self._lock.acquire()

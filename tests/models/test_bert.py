@@ -37,7 +37,7 @@ FIELDS = {
     "head_dim-64": {"hidden_size": 128, "num_attention_heads": 2},
     "head_dim-80": {"hidden_size": 160, "num_attention_heads": 2},
     "head_dim-128": {"hidden_size": 128, "num_attention_heads": 1},
-    "head_dim-256": {"hidden_size": 512, "num_attention_heads": 2},
+    "head_dim-256": {"hidden_size": 256, "num_attention_heads": 1},
     "hidden-odd": {"hidden_size": 51, "num_attention_heads": 3},
     "one-type": {"type_vocab_size": 1},
     "five-types": {"type_vocab_size": 5},
