@@ -187,7 +187,7 @@ def warmup(model: Any, lengths: Sequence[int] = (16, 64, 128, 256, 512)) -> None
     for _, _, forward in _patched(model, "warmup"):
         spec = forward.encoder.spec
         for length in lengths:
-            length = max(1, min(int(length), spec.max_positions - spec.position_offset))
+            length = max(1, min(int(length), spec.max_seqlen))
             ids = torch.zeros(1, length, dtype=torch.long)
             forward.encoder.run(Request(ids, None, None))
 

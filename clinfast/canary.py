@@ -23,13 +23,13 @@ BUDGET = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.b
 
 def canary_request(encoder: Encoder) -> Request:
     spec = encoder.spec
-    seqlen = max(1, min(LENGTHS[0], spec.max_positions - spec.position_offset))
+    seqlen = max(1, min(LENGTHS[0], spec.max_seqlen))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, spec.vocab_size, (len(LENGTHS), seqlen), generator=generator)
     mask = torch.ones(len(LENGTHS), seqlen, dtype=torch.long)
     mask[1, LENGTHS[1] :] = 0
     types = (ids % spec.type_vocab_size) if spec.type_vocab_size else None
-    return Request(ids, mask, types)
+    return Request(ids, mask, types, num_choices=len(LENGTHS) if encoder.head.choices else None)
 
 
 def check(module: nn.Module, match: Match, encoder: Encoder) -> float:
@@ -39,19 +39,24 @@ def check(module: nn.Module, match: Match, encoder: Encoder) -> float:
         Unsupported: the difference is beyond the budget of the dtype; the message has both figures.
     """
     request = canary_request(encoder)
-    assert request.attention_mask is not None
-    inputs = {"input_ids": request.input_ids, "attention_mask": request.attention_mask}
-    if request.token_type_ids is not None:
-        inputs["token_type_ids"] = request.token_type_ids
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    inputs = {name: value for name, value in zip(names, request[:3], strict=True) if value is not None}
+    if request.num_choices is not None:
+        inputs = {name: value[None] for name, value in inputs.items()}
     with torch.no_grad(), evaluating(module):
-        ours = match.build_output(encoder.run(request))
+        ours = match.build_output(encoder.run(request), request)
         stock = stock_forward(module, **inputs)
+    if type(ours) is not type(stock):
+        raise Unsupported(
+            f"stock returns a {type(stock).__name__}, the fast path a {type(ours).__name__}; this version of "
+            "transformers is not known"
+        )
     worst = 0.0
     for name, expected in tensors_of(stock).items():
         got = tensors_of(ours).get(name)
         if got is None or got.shape != expected.shape or got.dtype is not expected.dtype:
             raise Unsupported(f"stock returns {name} {describe(expected)}, the fast path {describe(got)}")
-        difference, scale = compare(got, expected, request.attention_mask)
+        difference, scale = compare(got, expected, request.attention_mask if name in match.per_token else None)
         budget = max(BUDGET[encoder.dtype], BUDGET[encoder.model_dtype]) * max(scale, 1e-3)
         if not difference <= budget:
             raise Unsupported(
@@ -63,9 +68,9 @@ def check(module: nn.Module, match: Match, encoder: Encoder) -> float:
 
 
 def compare(ours: Tensor, stock: Tensor, mask: Tensor | None) -> tuple[float, float]:
-    """Largest absolute difference over real positions, and the largest stock value there."""
+    """Largest absolute difference, and the largest stock value; of a per-token output, at real positions of `mask`."""
     ours, stock = ours.double(), stock.double()
-    if mask is not None and stock.dim() == 3 and stock.shape[:2] == mask.shape:
+    if mask is not None:
         ours, stock = ours[mask.bool()], stock[mask.bool()]
     if not stock.numel():
         return 0.0, 0.0

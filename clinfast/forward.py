@@ -23,7 +23,7 @@ from torch import nn
 
 from clinfast.engine import compiled
 from clinfast.engine.spec import Match, NotServed, Request, Unsupported
-from clinfast.guard import Guard
+from clinfast.guard import POSITIONS, Guard
 from clinfast.reason import Reason, StrictError, warn
 
 if TYPE_CHECKING:
@@ -149,16 +149,16 @@ class PatchedForward:
             reason = Reason(str(refusal))
         else:
             self.calls_fast += 1
-            return armed.match.build_output(output)
+            return armed.match.build_output(output, request)
         return self._fall_back(module, armed, reason, args, kwargs)
 
     def _compiling(self, module: nn.Module, armed: _Armed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # No counters here: traced Python that counts recompiles at every call.
         request = None if self._paused else armed.guard.admit_compiling(module, args, kwargs)
         output = None if request is None else compiled.forward(armed.encoder, request)
-        if output is None:
-            return type(module).forward(module, *args, **kwargs)
-        return armed.match.build_output(output)
+        if request is None or output is None:
+            return _stock(module, armed, args, kwargs)
+        return armed.match.build_output(output, request)
 
     def _after_restore(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if on_top(module, self) and not torch.compiler.is_compiling():  # the wrapper above is gone by now
@@ -175,7 +175,7 @@ class PatchedForward:
         self.calls_stock += 1
         self._count(module, reason)
         try:
-            output = type(module).forward(module, *args, **kwargs)
+            output = _stock(module, armed, args, kwargs)
         except Exception as error:
             if reason.mistake is not None:
                 error.args = (f"{reason.mistake} (the stock forward says: {error})",)
@@ -200,6 +200,19 @@ class PatchedForward:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.module, "forward")
+
+
+def _stock(module: nn.Module, armed: _Armed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The stock forward, which does not know `logits_positions`: it computes everywhere, and we choose."""
+    if not armed.match.head.selectable or kwargs.get(POSITIONS) is None:
+        return type(module).forward(module, *args, **{k: v for k, v in kwargs.items() if k != POSITIONS})
+    kwargs = dict(kwargs)
+    positions = kwargs.pop(POSITIONS)
+    output = type(module).forward(module, *args, **kwargs)
+    if isinstance(output, tuple):
+        raise ValueError("logits_positions needs an output with names; pass return_dict=True")
+    output["logits"] = output["logits"][positions]
+    return output
 
 
 class StockState:

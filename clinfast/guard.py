@@ -19,8 +19,8 @@ from clinfast.snapshot import Snapshot
 
 __all__ = ["ClinfastWarning", "Guard", "StrictError"]
 
-Inputs = tuple[Any, Any, Any]
-
+# The argument of ours: bool [B, S], where a masked-LM head is to compute its logits, which are then [P, V].
+POSITIONS = "logits_positions"
 ID_DTYPES = (torch.int64, torch.int32)
 MASK_DTYPES = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Values that ask for what the fast path does anyway.
@@ -52,6 +52,9 @@ UNKNOWN = Reason("an argument that the stock signature does not have", "leave it
 
 _ADVICE = {
     "labels": "leave labels out for inference",
+    "start_positions": "leave it out for inference",
+    "end_positions": "leave it out for inference",
+    "next_sentence_label": "leave it out for inference",
     "inputs_embeds": "pass input_ids",
     "position_ids": "leave it out where the positions are the default ones",
     "output_attentions": "the fast path never forms attention weights",
@@ -77,7 +80,10 @@ class Guard:
         self.names = tuple(p.name for p in signature if p.kind is not p.VAR_KEYWORD)
         self.takes_any = len(self.names) < len(signature)
         self.inference_only = inference_only
-        self.columns = match.encoder.max_positions - match.encoder.position_offset
+        self.columns = match.encoder.max_seqlen
+        self.head = match.head
+        # A family without token types ignores them where its forward takes any argument.
+        self.ignored = {"token_type_ids"} if self.takes_any and not match.encoder.type_vocab_size else set()
         self.parameters = [ref.module._parameters for ref in match.parameters.values()]
         self.word = match.parameters["embedding.word.weight"].module._parameters
         self.snapshot = Snapshot(module, match)
@@ -97,10 +103,10 @@ class Guard:
         found = _ambient(device)
         if found is not None:
             return found
-        inputs = self._inputs(args, kwargs)
-        if isinstance(inputs, Reason):
-            return inputs
-        return Request(*inputs) if self._fit(*inputs, device) else self._misfit(*inputs, device)
+        request = self._request(args, kwargs)
+        if isinstance(request, Reason):
+            return request
+        return self._flat(request) if self._fit(request, device) else self._misfit(request, device)
 
     def admit_compiling(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request | None:
         """`admit` in code that torch.compile traces: no values, no pointers, no words.
@@ -113,10 +119,10 @@ class Guard:
         device = _device(self)
         if torch.is_autocast_enabled(device.type):
             return None
-        inputs = self._inputs(args, kwargs)
-        if isinstance(inputs, Reason) or not self._fit(*inputs, device):
+        request = self._request(args, kwargs)
+        if isinstance(request, Reason) or request.positions is not None or not self._fit(request, device):
             return None
-        return Request(*inputs)
+        return self._flat(request)
 
     def learning(self, module: nn.Module) -> bool:
         """Whether this call may be part of training, which changes weights without a trace."""
@@ -126,14 +132,15 @@ class Guard:
             return False
         return any(p is not None and p.requires_grad for d in self.parameters for p in d.values())
 
-    def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs | Reason:
+    def _request(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request | Reason:
         given = kwargs
         if args:
             names = self.names[: len(args)]
             if len(names) < len(args) or any(name in kwargs for name in names):
                 return TWICE
             given = {**dict(zip(names, args, strict=True)), **kwargs}
-        ids = mask = types = None
+        ids: Any = None
+        mask = types = positions = None
         for name, value in given.items():
             if name == "input_ids":
                 ids = value
@@ -141,41 +148,58 @@ class Guard:
                 mask = value
             elif name == "token_type_ids" and name in self.names:
                 types = value
+            elif name == POSITIONS and self.head.selectable:
+                positions = value
+            elif name in self.ignored:
+                continue
             elif name not in self.names and not self.takes_any:
                 return UNKNOWN
             elif value is not None and (name not in HARMLESS or value is not HARMLESS[name]):
                 return _ARGUMENTS.get(name, OTHER)
-        return ids, mask, types
+        return Request(ids, mask, types, positions)
 
-    def _fit(self, ids: Any, mask: Any, types: Any, device: torch.device) -> bool:
-        if not _plain(ids, ID_DTYPES, device) or ids.dim() != 2:
+    def _fit(self, request: Request, device: torch.device) -> bool:
+        ids, mask, types, positions, _ = request
+        if not _plain(ids, ID_DTYPES, device) or ids.dim() != (3 if self.head.choices else 2):
             return False
         shape = ids.shape
-        if not 0 < shape[1] <= self.columns or not shape[0]:
+        if not 0 < shape[-1] <= self.columns or not shape[0] or not shape[1]:
             return False
         if mask is not None and not (_plain(mask, MASK_DTYPES, device) and mask.shape == shape):
             return False
+        if positions is not None and not (_plain(positions, (torch.bool,), device) and positions.shape == shape):
+            return False
         return types is None or (_plain(types, ID_DTYPES, device) and types.shape == shape)
 
-    def _misfit(self, ids: Any, mask: Any, types: Any, device: torch.device) -> Reason:
+    def _flat(self, request: Request) -> Request:
+        """[B, C, S] as [B x C, S]."""
+        if not self.head.choices:
+            return request
+        ids, mask, types = (None if x is None else x.flatten(0, 1) for x in request[:3])
+        return Request(ids, mask, types, num_choices=request.input_ids.shape[1])  # type: ignore[arg-type]
+
+    def _misfit(self, request: Request, device: torch.device) -> Reason:
         """Why `_fit` said no."""
+        ids, mask, types, positions, _ = request
         found = _not_plain("input_ids", ids, ID_DTYPES, "int64 or int32", device)
         if found is not None:
             return found
         shape = list(ids.shape)
-        if len(shape) != 2:
-            return _mistake("input_ids is not 2-D", f"input_ids has shape {shape}; [batch, tokens] is needed")
+        dimensions, wanted = (3, "[batch, choices, tokens]") if self.head.choices else (2, "[batch, tokens]")
+        if len(shape) != dimensions:
+            return _mistake(f"input_ids is not {dimensions}-D", f"input_ids has shape {shape}; {wanted} is needed")
         if not all(shape):
             return _mistake("the batch is empty", f"input_ids has shape {shape}: there is nothing to compute")
-        if shape[1] > self.columns:
+        if shape[-1] > self.columns:
             return _mistake(
                 "the input is longer than the model's positions",
-                f"input_ids has {shape[1]} columns, but the model has {self.columns} positions; truncate to "
+                f"input_ids has {shape[-1]} columns, but the model has {self.columns} positions; truncate to "
                 f"{self.columns}, or split the text",
             )
         for name, value, dtypes, words in (
             ("attention_mask", mask, MASK_DTYPES, "bool or an integer dtype, 1 at real tokens"),
             ("token_type_ids", types, ID_DTYPES, "int64 or int32"),
+            (POSITIONS, positions, (torch.bool,), "bool, True where logits are wanted,"),
         ):
             if value is None:
                 continue

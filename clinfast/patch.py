@@ -45,7 +45,7 @@ class Unit(NamedTuple):
 
 def families() -> list[str]:
     """Names of the families that have an adapter."""
-    return sorted(adapter.rpartition(".")[2] for adapter in models.FAMILIES.values())
+    return sorted(home.split(".")[2].replace("_", "-") for home in models.FAMILIES)
 
 
 def find_units(target: Any) -> list[Unit]:

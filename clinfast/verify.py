@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clinfast import patch
 from clinfast.canary import compare, describe, evaluating, tensors_of
+from clinfast.guard import POSITIONS
 from clinfast.report import Verification
 
 
@@ -55,9 +56,10 @@ class _Tally:
             return
         cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1).min().item()
         self.cosine = min(self.cosine, -1.0 if math.isnan(cosine) else cosine)
-        if name == "logits":
-            self.agreed += int((a.argmax(-1) == b.argmax(-1)).sum())
-            self.labels += len(a)
+        labels = labels_of(name, ours, mask), labels_of(name, stock, mask)
+        if labels[0] is not None and labels[1] is not None:
+            self.agreed += int((labels[0] == labels[1]).sum())
+            self.labels += labels[0].numel()
 
 
 def verify_module(module: nn.Module, inputs: Any, tolerance: float | None) -> Verification:
@@ -77,7 +79,8 @@ def verify_module(module: nn.Module, inputs: Any, tolerance: float | None) -> Ve
         lower = computed.eps > torch.finfo(encoder.model_dtype).eps
         measure_model = copy.deepcopy(module).to(encoder.dtype) if lower else None
         for batch in batches:
-            mask = batch.get("attention_mask")
+            batch.pop(POSITIONS, None)
+            padding = batch.get("attention_mask")
             ours = tensors_of(module(**batch))
             stock = tensors_of(patch.stock_forward(module, **batch))
             exact = tensors_of(exact_model(**batch))
@@ -87,6 +90,7 @@ def verify_module(module: nn.Module, inputs: Any, tolerance: float | None) -> Ve
                     raise RuntimeError(
                         f"stock returns {name} {describe(stock[name])}, the fast path {describe(ours.get(name))}"
                     )
+                mask = padding if name in forward.match.per_token else None
                 tally.add(name, ours[name], stock[name], measure[name], exact[name], mask)
     new = {k: n - before.get(k, 0) for k, n in forward.fallbacks.items() if n > before.get(k, 0)}
     floor = max(computed.eps, torch.finfo(encoder.model_dtype).eps) * tally.scale
@@ -110,7 +114,19 @@ def _difference(a: Tensor, b: Tensor, mask: Tensor | None) -> float:
 
 
 def real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """[rows, N] in float64: a per-token output (one with a mask) at its real positions."""
     x = x.double()
-    if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
-        return x[mask.bool()]
-    return x.reshape(-1, x.shape[-1] if x.dim() else 1)
+    if mask is None:
+        return x.reshape(-1, x.shape[-1] if x.dim() else 1)
+    return torch.where(mask.bool(), x, 0) if x.dim() == 2 else x[mask.bool()]
+
+
+def labels_of(name: str, x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """What a user would read off an output: the best class, or position of a span, or None."""
+    if name in ("start_logits", "end_logits"):
+        return (x if mask is None else x.masked_fill(~mask.bool(), -math.inf)).argmax(-1)
+    if not name.endswith("logits"):
+        return None
+    if mask is not None and x.dim() == 2:
+        return x[mask.bool()] > 0
+    return real_rows(x, mask).argmax(-1) if x.shape[-1] > 1 else None

@@ -107,14 +107,16 @@ void layer_norm(uintptr_t x, uintptr_t residual, uintptr_t bias, uintptr_t weigh
 
 int64_t embedding(uintptr_t input_ids, uintptr_t token_type_ids, int64_t ids_row_stride, int64_t ids_column_stride,
                   int64_t types_row_stride, int64_t types_column_stride, int ids_itemsize, int types_itemsize,
-                  uintptr_t indices, int64_t seqlen, int64_t tokens, int64_t hidden, int64_t position_offset,
+                  uintptr_t indices, uintptr_t position_ids, int64_t seqlen, int64_t tokens, int64_t hidden,
+                  int64_t position_offset,
                   uintptr_t word, uintptr_t position, uintptr_t token_type, int64_t word_stride,
                   int64_t position_stride, int64_t token_type_stride, uintptr_t weight, uintptr_t shift, uintptr_t out,
                   int64_t out_stride, float eps, int table_dtype, int out_dtype, int num_threads, int64_t batch,
                   int64_t vocab_size, int64_t max_positions, int64_t type_vocab_size) {
   const EmbeddingArgs args{pointer<void>(input_ids), pointer<void>(token_type_ids), ids_row_stride,
                            ids_column_stride, types_row_stride, types_column_stride, ids_itemsize, types_itemsize,
-                           pointer<int32_t>(indices), seqlen, tokens, hidden, position_offset, pointer<void>(word),
+                           pointer<int32_t>(indices), pointer<int32_t>(position_ids), seqlen, tokens, hidden,
+                           position_offset, pointer<void>(word),
                            pointer<void>(position), pointer<void>(token_type), word_stride, position_stride,
                            token_type_stride, pointer<float>(weight), pointer<float>(shift), pointer<void>(out),
                            out_stride, eps, DType(table_dtype), DType(out_dtype), num_threads, batch, vocab_size,
@@ -164,11 +166,24 @@ int64_t unpack(uintptr_t packed, uintptr_t padded, uintptr_t indices, int64_t pa
   return kernels().unpack(args);
 }
 
-void linear(uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residual, uintptr_t out, int64_t x_stride,
-            int64_t residual_stride, int64_t out_stride, int64_t rows, int64_t in_features, int64_t out_features,
-            int activation, int dtype, int table, int num_threads) {
+void position_ids(uintptr_t input_ids, int64_t row_stride, int64_t column_stride, int itemsize, int64_t batch,
+                  int64_t seqlen, int64_t padding_idx, uintptr_t out) {
+  const PositionArgs args{pointer<void>(input_ids), row_stride, column_stride, itemsize, batch, seqlen, padding_idx,
+                          pointer<int32_t>(out)};
+  py::gil_scoped_release release;
+  kernels().position_ids(args);
+}
+
+void linear(uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residual, uintptr_t out, uintptr_t out_rows,
+            int64_t out_row_count, int64_t x_stride, int64_t residual_stride, int64_t out_stride, int64_t rows,
+            int64_t in_features, int64_t out_features, int activation, int dtype, int table, int num_threads) {
+  const int32_t *to = pointer<int32_t>(out_rows);
+  for (int64_t row = 0; to && row < rows; row++)
+    if (to[row] < 0 || to[row] >= out_row_count)
+      throw py::index_error("linear: rows[" + std::to_string(row) + "] is " + std::to_string(to[row]) + "; out has " +
+                            std::to_string(out_row_count) + " rows");
   const LinearArgs args{pointer<void>(x), pointer<void>(packed), pointer<float>(bias), pointer<void>(residual),
-                        pointer<void>(out), x_stride, residual_stride, out_stride, rows, in_features, out_features,
+                        pointer<void>(out), to, x_stride, residual_stride, out_stride, rows, in_features, out_features,
                         Activation(activation), DType(dtype), num_threads};
   py::gil_scoped_release release;
   table_of(table)->linear(args);
@@ -225,6 +240,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("linear_pack", &linear_pack);
   m.def("pooling", &pooling);
   m.def("pack", &pack);
+  m.def("position_ids", &position_ids);
   m.def("unpack", &unpack);
   m.def("values_unchanged", &unchanged);
 }

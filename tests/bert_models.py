@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -19,6 +22,7 @@ from transformers import (
 )
 
 import clinfast
+from clinfast.engine.spec import EncoderOutput
 
 VOCAB = 97
 HEADS = {
@@ -28,8 +32,11 @@ HEADS = {
     "token": BertForTokenClassification,
     "qa": BertForQuestionAnswering,
     "mlm": BertForMaskedLM,
+    "nsp": BertForNextSentencePrediction,
+    "pretraining": BertForPreTraining,
 }
-FIRST_TOKEN_READERS = ("base", "sequence")
+CHOICE = {"choice": BertForMultipleChoice}  # its inputs are [B, C, S]
+FIRST_TOKEN_READERS = ("base", "sequence", "nsp", "pretraining")
 
 
 def make(head: str = "base", *, dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any) -> Any:
@@ -43,7 +50,7 @@ def make(head: str = "base", *, dtype: torch.dtype = torch.float32, seed: int = 
         "intermediate_size": 96,
         "max_position_embeddings": 64,
     }
-    model = HEADS[head](BertConfig(**{**settings, **fields}))
+    model = (HEADS | CHOICE)[head](BertConfig(**{**settings, **fields}))
     randomize(model)
     return model.to(dtype).eval()
 
@@ -86,6 +93,12 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def mapped(output: EncoderOutput, change: Callable[[Tensor], Tensor]) -> EncoderOutput:
+    """The encoder's output with `change` made to each of its tensors."""
+    hidden = None if output.hidden_states is None else change(output.hidden_states)
+    return EncoderOutput(hidden, tuple(map(change, output.branches)))
 
 
 def worst_error(x: Tensor, exact: Tensor) -> float:

@@ -25,6 +25,17 @@ def linear(
     return y if residual is None else y + residual
 
 
+# Rows whose results lie between the multiplication and their place at a time: with a vocabulary of outputs, 60 MB.
+SCATTER_ROWS = 512
+
+
+def scatter_in_blocks(linear: Callable[[Tensor], Tensor], x: Tensor, rows: Tensor, out: Tensor) -> None:
+    """out[rows] = linear(x), never with all of linear(x) in memory."""
+    for start in range(0, x.shape[0], SCATTER_ROWS):
+        part = slice(start, start + SCATTER_ROWS)
+        out.index_copy_(0, rows[part].long(), linear(x[part]).to(out.dtype))
+
+
 class FallbackLinear:
     """A plain `F.linear` on a copy of the weight, where no prepacked multiplication is to be had."""
 
@@ -40,11 +51,15 @@ class FallbackLinear:
     def __call__(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         return linear(x, self.weight, self.bias, activation, residual)
 
+    def scatter(self, x: Tensor, rows: Tensor, out: Tensor) -> None:
+        scatter_in_blocks(self, x, rows, out)
+
 
 def embedding(
     input_ids: Tensor,
     token_type_ids: Tensor | None,
     indices: Tensor,
+    position_ids: Tensor | None,
     word: Tensor,
     position: Tensor,
     token_type: Tensor | None,
@@ -59,7 +74,11 @@ def embedding(
     if token_type is not None:
         types = torch.zeros_like(at) if token_type_ids is None else token_type_ids.reshape(-1)[at].long()
         total += functional.embedding(types, token_type)
-    total += functional.embedding(at % max(input_ids.shape[1], 1) + position_offset, position)
+    if position_ids is None:
+        positions = at % max(input_ids.shape[1], 1) + position_offset
+    else:
+        positions = position_ids.reshape(-1)[at].long()
+    total += functional.embedding(positions, position)
     return functional.layer_norm(total, total.shape[-1:], weight, shift, eps).to(dtype)
 
 
@@ -116,6 +135,11 @@ def pack(
         ]
     )
     return cu_seqlens, indices, seqused_k, facts
+
+
+def position_ids(input_ids: Tensor, padding_idx: int) -> Tensor:
+    counts = input_ids.ne(padding_idx).int()
+    return counts.cumsum(1, dtype=torch.int32).mul_(counts).add_(padding_idx)
 
 
 def unpack(packed: Tensor, indices: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
@@ -179,5 +203,6 @@ def implementations() -> dict[str, Callable[..., Any]]:
         "linear.prepack": FallbackLinear,
         "pack": pack,
         "pooling": pooling,
+        "position_ids": position_ids,
         "unpack": unpack,
     }

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from clinfast.engine.concurrency import ForkSafeLock, gate, single_thread_if_forked
-from clinfast.engine.encoder import Encoder, resolve_precision, run, unpack
-from clinfast.engine.executors import EagerExecutor, NativeExecutor
-from clinfast.engine.packing import pack
+from clinfast.engine.encoder import Encoder, resolve_precision
+from clinfast.engine.executors import NativeExecutor
+from clinfast.engine.run import run
 from clinfast.engine.spec import (
     EncoderOutput,
     EncoderSpec,
@@ -50,7 +50,8 @@ class _Call(NamedTuple):
     @classmethod
     def from_json(cls, text: str) -> _Call:
         facts = json.loads(text)
-        return cls(**{**facts, "spec": EncoderSpec.from_json(facts["spec"]), "head": HeadSpec(*facts["head"])})
+        spec, head = EncoderSpec.from_json(facts["spec"]), HeadSpec.from_dict(facts["head"])
+        return cls(**{**facts, "spec": spec, "head": head})
 
 
 def announce(encoder: Encoder) -> None:
@@ -67,9 +68,9 @@ def forward(encoder: Encoder, request: Request) -> EncoderOutput | None:
         found = torch.ops.clinfast.encode(
             request.input_ids, request.attention_mask, request.token_type_ids, weights, encoder.call
         )
-    if encoder.head.classifier:
-        return EncoderOutput(None, None, found[0])
-    return EncoderOutput(found[0], found[1] if encoder.head.pooler else None, None)
+    if encoder.head.hidden_states:
+        return EncoderOutput(found[0], tuple(found[1:]))
+    return EncoderOutput(None, tuple(found))
 
 
 def _serves(precision: str, model_dtype: torch.dtype) -> bool:
@@ -95,23 +96,9 @@ def _encode(
         packed = _find(call, facts, weights)
         try:
             out = run(executor, packed, facts.head, request, facts.padding, dtype)
-        except NotServed:
-            out = _run_on_column_zero(executor, packed, facts.head, request, dtype)
-    return [x for x in ((out.logits,) if facts.head.classifier else (out.hidden_states, out.pooled)) if x is not None]
-
-
-def _run_on_column_zero(
-    executor: EagerExecutor, weights: PackedWeights, head: HeadSpec, request: Request, dtype: torch.dtype
-) -> EncoderOutput:
-    """Stock reads column 0 whether it is padding or not; a traced call cannot go back to stock, so do the same."""
-    batch = pack(request, executor.spec, keep_padding=True, first_token=False, backend=executor.backend)
-    hidden = unpack(executor, executor.all_hidden_states(weights, request, batch), batch, weights.dtype)
-    assert weights.pooler is not None
-    pooled = weights.pooler(hidden[:, 0].contiguous(), "tanh")
-    if not head.classifier:
-        return EncoderOutput(hidden.to(dtype), pooled.to(dtype), None)
-    assert weights.classifier is not None
-    return EncoderOutput(None, None, weights.classifier(pooled).to(dtype))
+        except NotServed:  # a masked column 0, which stock reads all the same; a traced call cannot go back to stock
+            out = run(executor, packed, facts.head, request, facts.padding, dtype, column_zero=True)
+    return [x for x in (out.hidden_states, *out.branches) if x is not None]
 
 
 def _find(call: str, facts: _Call, weights: list[Tensor]) -> PackedWeights:
@@ -146,16 +133,14 @@ def _make(facts: _Call, weights: list[Tensor]) -> tuple[PackedWeights, Fingerpri
 def _fake(
     input_ids: Tensor, mask: Tensor | None, token_type_ids: Tensor | None, weights: list[Tensor], call: str
 ) -> list[Tensor]:
-    head = _Call.from_json(call).head
+    facts = _Call.from_json(call)
     like = weights[0]
     batch, seqlen = input_ids.shape
-    if head.classifier:
-        labels = weights[-1].shape[0]
-        shape = (batch, labels) if head.kind == "first_token" else (batch, seqlen, labels)
-        return [like.new_empty(shape)]
-    hidden_size = like.shape[1]
-    hidden = like.new_empty(batch, seqlen, hidden_size)
-    return [hidden, like.new_empty(batch, hidden_size)] if head.pooler else [hidden]
+    outputs = [like.new_empty(batch, seqlen, facts.spec.hidden_size)] if facts.head.hidden_states else []
+    for branch in facts.head.branches:
+        shape = (batch,) if branch.rows == "first_token" else (batch, seqlen)
+        outputs.append(like.new_empty(*shape, branch.out_features))
+    return outputs
 
 
 library.define(

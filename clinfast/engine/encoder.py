@@ -6,15 +6,13 @@ import json
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from clinfast.engine import reproducibility
 from clinfast.engine.concurrency import ForkSafeLock, gate, single_thread_if_forked
-from clinfast.engine.executors import EagerExecutor, NativeExecutor
-from clinfast.engine.packing import PackedBatch, pack
-from clinfast.engine.spec import EncoderOutput, EncoderSpec, HeadSpec, Match, Request, Unsupported
+from clinfast.engine.executors import NativeExecutor
+from clinfast.engine.run import run
+from clinfast.engine.spec import EncoderOutput, Match, Request, Unsupported
 from clinfast.engine.weights import Fingerprint, PackedWeights, pack_weights
-from clinfast.ops import registry
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LATER = {
@@ -72,7 +70,7 @@ class Encoder:
         self.call = json.dumps(
             {
                 "spec": self.spec.to_json(),
-                "head": [self.head.kind, self.head.pooler, self.head.classifier],
+                "head": self.head.to_dict(),
                 "precision": precision,
                 "backend": backend,
                 "padding": padding,
@@ -150,7 +148,7 @@ class Encoder:
         linears = sorted({linear.library for linear in packed[0].linears()}) if packed else []
         return {
             "family": self.spec.family,
-            "head": self.head.kind,
+            "head": self.head.name,
             "layers": self.spec.num_layers,
             "hidden_size": self.spec.hidden_size,
             "compute_dtype": str(self.dtype).removeprefix("torch."),
@@ -162,50 +160,3 @@ class Encoder:
             "reproducible": self.reproducible,
         }
 
-
-def run(
-    executor: EagerExecutor, weights: PackedWeights, head: HeadSpec, request: Request, padding: str, dtype: torch.dtype
-) -> EncoderOutput:
-    first_token = head.kind == "first_token" or head.pooler
-    only_first = head.kind == "first_token"
-    batch = pack(
-        request,
-        executor.spec,
-        keep_padding=padding == "keep",
-        first_token=first_token,
-        backend=executor.backend,
-    )
-    if not batch.tokens:
-        return _no_tokens(executor.spec, weights, batch, dtype)
-    x = (executor.first_hidden_states if only_first else executor.all_hidden_states)(weights, request, batch)
-    pooled = logits = hidden = None
-    if head.pooler:
-        assert weights.pooler is not None
-        pooled = weights.pooler(x if only_first else executor.first_token(x, batch), "tanh")
-    if head.classifier:
-        assert weights.classifier is not None
-        logits = weights.classifier(pooled if pooled is not None else x)
-    if head.kind == "per_token":
-        assert logits is not None
-        logits = unpack(executor, logits, batch, dtype)
-    elif head.kind == "none":
-        hidden = unpack(executor, x, batch, dtype)
-    return EncoderOutput(hidden, _as(pooled, dtype), _as(logits, dtype))
-
-
-def _no_tokens(spec: EncoderSpec, weights: PackedWeights, batch: PackedBatch, dtype: torch.dtype) -> EncoderOutput:
-    """A batch that is all padding, under a head that does not read the first token: zeros."""
-    width = spec.hidden_size if weights.classifier is None else weights.classifier.out_features
-    zeros = torch.zeros((batch.batch, batch.seqlen, width), dtype=dtype)
-    return EncoderOutput(zeros, None, None) if weights.classifier is None else EncoderOutput(None, None, zeros)
-
-
-def unpack(executor: EagerExecutor, packed: Tensor, batch: PackedBatch, dtype: torch.dtype) -> Tensor:
-    """[T, N] to [B, S, N] with zeros at padded positions."""
-    kernel_dtype = dtype if dtype in registry.KERNEL_DTYPES else torch.float32
-    padded = executor.unpack(packed, batch.indices, batch.batch * batch.seqlen, kernel_dtype)
-    return padded.view(batch.batch, batch.seqlen, packed.shape[1]).to(dtype)
-
-
-def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype)

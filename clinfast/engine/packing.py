@@ -36,7 +36,7 @@ def pack(
         IndexError: an id or a token type out of range (stock's class for it).
         NotServed: a masked first column under a head that reads column 0.
     """
-    input_ids, mask, token_type_ids = request
+    input_ids, mask, token_type_ids = request[:3]
     batch, seqlen = input_ids.shape
     types = spec.type_vocab_size if token_type_ids is not None else 0
     cu_seqlens, indices, seqused_k, facts = registry.implementation("pack", backend)(
@@ -65,3 +65,21 @@ def out_of_range(name: str, values: Tensor, at: int, size: int, table: str, fiel
 
 def one_row_a_note(batch: int) -> Tensor:
     return torch.arange(batch + 1, dtype=torch.int32)
+
+
+def rows_of(positions: Tensor, batch: PackedBatch) -> Tensor:
+    """Packed rows of the chosen positions [B, S] bool, in the order of the batch.
+
+    Raises:
+        ValueError: a padded position is among them.
+    """
+    row_at = torch.full((batch.batch * batch.seqlen,), -1, dtype=torch.long)
+    row_at[batch.indices.long()] = torch.arange(batch.tokens)
+    chosen = positions.reshape(-1).nonzero().view(-1)
+    rows = row_at[chosen]
+    if (rows < 0).any():
+        row, column = divmod(int(chosen[rows < 0][0]), batch.seqlen)
+        raise ValueError(
+            f"logits_positions[{row}, {column}] is True, but attention_mask masks that position; choose real tokens"
+        )
+    return rows

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
-HeadKind = Literal["none", "first_token", "per_token"]
+HeadActivation = Literal["none", "gelu", "gelu_tanh", "relu", "tanh"]
 
 LAYER_LINEARS = ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
 LAYER_NORMS = ("attention_norm", "output_norm")
@@ -24,8 +24,12 @@ class EncoderSpec:
         activation: FFN activation; `"gelu"` is the exact erf form.
         eps: LayerNorm epsilon, used by every LayerNorm of the encoder.
         scale: factor on the attention scores, normally `head_dim ** -0.5`.
-        position_offset: added to a token's column to get its position id.
         type_vocab_size: 0 where the family has no token types.
+        position_offset: the smallest position of a real token.
+        position_padding_idx: None where a token's position is its column + `position_offset`; else positions are
+            counted as RoBERTa does (`ops.packing.position_ids`) over ids that are not this one.
+        embedding_size: width of the embedding tables; another than `hidden_size` means a linear after them. 0 is
+            `hidden_size`.
     """
 
     family: str
@@ -41,8 +45,11 @@ class EncoderSpec:
     max_positions: int
     type_vocab_size: int
     position_offset: int = 0
+    position_padding_idx: int | None = None
+    embedding_size: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "embedding_size", self.embedding_size or self.hidden_size)
         if self.num_heads * self.head_dim != self.hidden_size:
             raise ValueError(
                 f"num_heads x head_dim is {self.num_heads} x {self.head_dim}, which must equal "
@@ -51,12 +58,23 @@ class EncoderSpec:
         if not 1 <= self.head_dim <= 256:
             raise ValueError(f"head_dim is {self.head_dim}; the attention kernels serve 1 to 256")
 
+    @property
+    def max_seqlen(self) -> int:
+        """Columns that the position table serves."""
+        return self.max_positions - self.position_offset
+
+    @property
+    def projects_embedding(self) -> bool:
+        return self.embedding_size != self.hidden_size
+
     def parameter_names(self) -> tuple[str, ...]:
         """Canonical names of the encoder's weights, in the order in which they are passed around."""
         names = ["embedding.word.weight", "embedding.position.weight"]
         if self.type_vocab_size:
             names.append("embedding.token_type.weight")
         names += ["embedding.norm.weight", "embedding.norm.bias"]
+        if self.projects_embedding:
+            names += ["embedding.projection.weight", "embedding.projection.bias"]
         for i in range(self.num_layers):
             for stem in LAYER_LINEARS + LAYER_NORMS:
                 names += [f"layers.{i}.{stem}.weight", f"layers.{i}.{stem}.bias"]
@@ -64,19 +82,19 @@ class EncoderSpec:
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight by canonical name."""
-        hidden, inner = self.hidden_size, self.intermediate_size
+        hidden, inner, width = self.hidden_size, self.intermediate_size, self.embedding_size
         linears = dict.fromkeys(LAYER_LINEARS, (hidden, hidden))
-        linears |= {"ffn_in": (inner, hidden), "ffn_out": (hidden, inner)}
+        linears |= {"ffn_in": (inner, hidden), "ffn_out": (hidden, inner), "projection": (hidden, width)}
         tables = {"word": self.vocab_size, "position": self.max_positions, "token_type": self.type_vocab_size}
         shapes: dict[str, tuple[int, ...]] = {}
         for name in self.parameter_names():
             *_, stem, kind = name.split(".")
             if stem in tables:
-                shapes[name] = (tables[stem], hidden)
+                shapes[name] = (tables[stem], width)
             elif stem in linears:
                 shapes[name] = linears[stem] if kind == "weight" else linears[stem][:1]
             else:
-                shapes[name] = (hidden,)
+                shapes[name] = (width,) if name.startswith("embedding.") else (hidden,)
         return shapes
 
     def to_json(self) -> str:
@@ -88,26 +106,96 @@ class EncoderSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class Dense:
+    """One dense layer of a head: activation(x @ weight.T + bias), then LayerNorm where `eps` is given.
+
+    Its weights are `<name>.weight` and `<name>.bias`, and `<name>.norm.weight` and `<name>.norm.bias`.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    activation: HeadActivation = "none"
+    eps: float | None = None
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{self.name}.weight": (self.out_features, self.in_features),
+            f"{self.name}.bias": (self.out_features,),
+        }
+        if self.eps is not None:
+            shapes |= {f"{self.name}.norm.{kind}": (self.out_features,) for kind in ("weight", "bias")}
+        return shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """Dense layers one after the other, on every token or on each note's first one.
+
+    Args:
+        pads: what stands at padded positions of a per-token result: 0, or the dtype's minimum, which no argmax picks.
+        selectable: whether a request may ask for some positions only.
+    """
+
+    rows: Literal["first_token", "per_token"]
+    layers: tuple[Dense, ...]
+    pads: Literal["zero", "min"] = "zero"
+    selectable: bool = False
+
+    @property
+    def out_features(self) -> int:
+        return self.layers[-1].out_features
+
+
+@dataclasses.dataclass(frozen=True)
 class HeadSpec:
     """What follows the encoder, on packed rows.
 
     Args:
-        kind: `"none"` hands back hidden states; `"first_token"` needs one row a note; `"per_token"` all rows.
-        pooler: whether a dense + tanh on the first token comes before the classifier (or is itself an output).
-        classifier: whether a final linear makes logits.
+        name: for the report, e.g. `"token_classification"`.
+        hidden_states: whether the encoder's own output is asked for.
+        branches: each makes one output.
+        choices: whether inputs are [B, C, S], C texts a question.
     """
 
-    kind: HeadKind
-    pooler: bool = False
-    classifier: bool = False
+    name: str
+    hidden_states: bool = False
+    branches: tuple[Branch, ...] = ()
+    choices: bool = False
+
+    @property
+    def reads_first_token(self) -> bool:
+        return any(branch.rows == "first_token" for branch in self.branches)
+
+    @property
+    def only_first_tokens(self) -> bool:
+        """Then the last layer works on one row a note."""
+        return not self.hidden_states and all(branch.rows == "first_token" for branch in self.branches)
+
+    @property
+    def selectable(self) -> bool:
+        return any(branch.selectable for branch in self.branches)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for branch in self.branches:
+            for dense in branch.layers:
+                shapes |= dense.parameter_shapes()
+        return shapes
 
     def parameter_names(self) -> tuple[str, ...]:
-        names: list[str] = []
-        if self.pooler:
-            names += ["pooler.weight", "pooler.bias"]
-        if self.classifier:
-            names += ["classifier.weight", "classifier.bias"]
-        return tuple(names)
+        return tuple(self.parameter_shapes())
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, facts: dict[str, Any]) -> HeadSpec:
+        branches = tuple(
+            Branch(**{**branch, "layers": tuple(Dense(**dense) for dense in branch["layers"])})
+            for branch in facts["branches"]
+        )
+        return cls(**{**facts, "branches": branches})
 
 
 class ParameterRef(NamedTuple):
@@ -123,15 +211,17 @@ class ParameterRef(NamedTuple):
 class Match(NamedTuple):
     """What an adapter says of a live module that it recognised.
 
-    `parameters` has exactly the names of `encoder.parameter_names() + head.parameter_names()`. `heads` is the
-    adapter's function that turns an `EncoderOutput` into the stock output class. `constants` are attributes of live
-    submodules that are part of the arithmetic, such as `LayerNorm.eps`: the guard reads them again at every call.
+    `parameters` has exactly the names of `encoder.parameter_names() + head.parameter_names()`. `build_output` turns an
+    `EncoderOutput` and its `Request` into the stock output class; `per_token` names the fields of it that are
+    [B, S, ...]. `constants` are attributes of live submodules that are part of the arithmetic, such as
+    `LayerNorm.eps`: the guard reads them again at every call.
     """
 
     encoder: EncoderSpec
     head: HeadSpec
     parameters: dict[str, ParameterRef]
     build_output: Any
+    per_token: tuple[str, ...] = ()
     constants: tuple[tuple[nn.Module, str], ...] = ()
 
 
@@ -139,21 +229,26 @@ class Request(NamedTuple):
     """A call that the guard admitted: padded inputs as the user gave them.
 
     `input_ids` [B, S] int32/int64; `attention_mask` [B, S] bool or int, None where all positions are real;
-    `token_type_ids` [B, S] int32/int64, None for zeros.
+    `token_type_ids` [B, S] int32/int64, None for zeros; `positions` [B, S] bool, where a selectable branch is wanted,
+    None for everywhere; `num_choices` C where the inputs came as [B / C, C, S].
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None
     token_type_ids: Tensor | None
+    positions: Tensor | None = None
+    num_choices: int | None = None
 
 
 class EncoderOutput(NamedTuple):
-    """Padded results in the model's own dtype: `hidden_states` [B, S, H], `pooled` [B, H], `logits` [B, C] or
-    [B, S, C]; None where the head does not make it."""
+    """Padded results in the model's own dtype.
+
+    `hidden_states` [B, S, H], None where the head does not ask for them; `branches`, one for each of the head's: [B, N]
+    for first tokens, [B, S, N] for every token, [P, N] for P chosen positions in the order of the batch.
+    """
 
     hidden_states: Tensor | None
-    pooled: Tensor | None
-    logits: Tensor | None
+    branches: tuple[Tensor, ...] = ()
 
 
 class Unsupported(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ class PackedLayer:
     output_norm: tuple[Tensor, Tensor]
 
 
+class PackedDense(NamedTuple):
+    linear: PackedLinear
+    norm: tuple[Tensor, Tensor] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class PackedWeights:
     """Everything that a forward needs, laid out for the ops.
@@ -44,16 +49,16 @@ class PackedWeights:
     position: Tensor
     token_type: Tensor | None
     embedding_norm: tuple[Tensor, Tensor]
+    embedding_projection: PackedLinear | None
     layers: tuple[PackedLayer, ...]
     last: PackedLayer | None
     fused: Any
-    pooler: PackedLinear | None
-    classifier: PackedLinear | None
+    branches: tuple[tuple[PackedDense, ...], ...]
     dtype: torch.dtype
     nbytes: int
 
     def linears(self) -> list[PackedLinear]:
-        found: list[PackedLinear | None] = [self.pooler, self.classifier]
+        found = [self.embedding_projection, *(dense.linear for branch in self.branches for dense in branch)]
         for layer in self.layers if self.last is None else (*self.layers, self.last):
             found += [layer.qkv, layer.query, layer.key_value, layer.attention_output, layer.ffn_in, layer.ffn_out]
         return [linear for linear in found if linear is not None]
@@ -94,7 +99,7 @@ def pack_weights(
     layers = []
     for i in range(spec.num_layers):
         at = f"layers.{i}."
-        split = i == spec.num_layers - 1 and head.kind == "first_token"
+        split = i == spec.num_layers - 1 and head.only_first_tokens
         q, k, v = (at + name for name in ("query", "key", "value"))
         layers.append(
             PackedLayer(
@@ -114,11 +119,17 @@ def pack_weights(
         position=table("embedding.position"),
         token_type=table("embedding.token_type") if spec.type_vocab_size else None,
         embedding_norm=norm("embedding.norm"),
+        embedding_projection=linear("embedding.projection") if spec.projects_embedding else None,
         layers=tuple(whole),
         last=layers[-1] if len(whole) < len(layers) else None,
         fused=_fuse(whole, backend),
-        pooler=linear("pooler") if head.pooler else None,
-        classifier=linear("classifier") if head.classifier else None,
+        branches=tuple(
+            tuple(
+                PackedDense(linear(dense.name), None if dense.eps is None else norm(f"{dense.name}.norm"))
+                for dense in branch.layers
+            )
+            for branch in head.branches
+        ),
         dtype=dtype,
         nbytes=sum(copied),
     )
@@ -127,12 +138,7 @@ def pack_weights(
 def _check(spec: EncoderSpec, head: HeadSpec, tensors: dict[str, Tensor]) -> None:
     """An edit in place can give a weight another shape, dtype or device than the model was matched with."""
     first = tensors["embedding.word.weight"]
-    expected = spec.parameter_shapes()
-    if head.pooler:
-        expected |= {"pooler.weight": (spec.hidden_size, spec.hidden_size), "pooler.bias": (spec.hidden_size,)}
-    if head.classifier:
-        labels = len(tensors["classifier.bias"])
-        expected |= {"classifier.weight": (labels, spec.hidden_size), "classifier.bias": (labels,)}
+    expected = spec.parameter_shapes() | head.parameter_shapes()
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected[name]:
             raise Unsupported(f"the weight {name} no longer has the shape that the model was optimized with")

@@ -16,6 +16,11 @@ from clinfast.models import checks
 
 FAMILIES = {
     "transformers.models.bert.modeling_bert": "clinfast.models.bert",
+    "transformers.models.roberta.modeling_roberta": "clinfast.models.roberta",
+    "transformers.models.xlm_roberta.modeling_xlm_roberta": "clinfast.models.roberta",
+    "transformers.models.camembert.modeling_camembert": "clinfast.models.roberta",
+    "transformers.models.electra.modeling_electra": "clinfast.models.electra",
+    "transformers.models.distilbert.modeling_distilbert": "clinfast.models.distilbert",
 }
 
 

@@ -1,4 +1,4 @@
-"""BERT: `BertModel`, `BertForSequenceClassification`, `BertForTokenClassification`.
+"""BERT, and the reader of its relatives that share its module names.
 
 Sizes, heads and epsilon are read from the modules, which is what runs: a config can disagree with them after
 head pruning, truncation or an edit. Module names are the same from transformers 4.25 to 5.23.
@@ -6,211 +6,227 @@ head pruning, truncation or an edit. Module names are the same from transformers
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from clinfast.engine.spec import Activation, EncoderSpec, Match, ParameterRef, Unsupported
+from clinfast.engine.spec import Dense, EncoderSpec, HeadActivation, Match, Unsupported
 from clinfast.models import checks, heads
+from clinfast.models.reader import Family, Reader
 
-HOME = "transformers.models.bert.modeling_bert"
-SELF_ATTENTION = ("BertSelfAttention", "BertSdpaSelfAttention")
-
-# What stands at `intermediate_act_fn` -> what it computes. transformers spells the tanh form in several ways
-# that differ by rounding only.
-ACTIVATIONS: dict[str, Activation] = {
-    "transformers.activations.NewGELUActivation": "gelu_tanh",
-    "transformers.activations.GELUTanh": "gelu_tanh",
-    "transformers.activations.PytorchGELUTanh": "gelu_tanh",
-    "transformers.activations.FastGELUActivation": "gelu_tanh",
-    "transformers.activations.GELUActivation": "gelu",
-    "torch.nn.modules.activation.ReLU": "relu",
-}
-FUNCTIONS: dict[Any, Activation] = {
-    nn.functional.gelu: "gelu",
-    nn.functional.relu: "relu",
-    torch.relu: "relu",
-}
+SELF_ATTENTION = ("SelfAttention", "SdpaSelfAttention")
 
 
-def activation(module: Any, path: str) -> Activation:
-    if type(module) is nn.GELU:
-        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    if name in ACTIVATIONS:
-        return ACTIVATIONS[name]
-    if callable(module) and not isinstance(module, nn.Module) and module.__hash__ and module in FUNCTIONS:
-        return FUNCTIONS[module]
-    raise Unsupported(f"{path} is {name}; hidden_act 'gelu', 'gelu_new', 'gelu_pytorch_tanh' or 'relu' is served")
+class BertReader(Reader):
+    """Walks a base model with BERT's module names; refuses what it does not know.
 
+    Args:
+        counts_positions: positions are the running count of ids other than the pad id, from the pad id + 1 on.
+        projects_embedding: a linear stands between embeddings and layers where their widths differ.
+    """
 
-class _Reader:
-    """Walks a `BertModel` once; collects the weights and the constants, and refuses what it does not know."""
-
-    def __init__(self, bert: nn.Module, prefix: str) -> None:
-        self.prefix = prefix
-        self.parameters: dict[str, ParameterRef] = {}
-        self.constants: list[tuple[nn.Module, str]] = []
-        self.spec = self._model(bert)
-
-    def at(self, path: str) -> str:
-        return f"{self.prefix}{path}"
-
-    def add(self, canonical: str, module: nn.Module, *, bias: bool = True) -> None:
-        for name in ("weight", "bias") if bias else ("weight",):
-            self.parameters[f"{canonical}.{name}"] = ParameterRef(module, name)
-
-    def _model(self, bert: Any) -> EncoderSpec:
+    def __init__(
+        self,
+        model: Any,
+        prefix: str,
+        family: Family,
+        *,
+        counts_positions: bool = False,
+        projects_embedding: bool = False,
+    ) -> None:
+        super().__init__(prefix)
+        self.family = family
         for name in ("is_decoder", "add_cross_attention"):
-            checks.field(bert.config, self.at("config"), name, (False,))
-        checks.named(bert.embeddings, self.at("embeddings"), HOME, "BertEmbeddings")
-        checks.named(bert.encoder, self.at("encoder"), HOME, "BertEncoder")
-        checks.exact(bert.encoder.layer, self.at("encoder.layer"), nn.ModuleList)
-        if not len(bert.encoder.layer):
+            checks.field(model.config, self.at("config"), name, (False,))
+        family.check(model.embeddings, self.at("embeddings"), "Embeddings")
+        family.check(model.encoder, self.at("encoder"), "Encoder")
+        checks.exact(model.encoder.layer, self.at("encoder.layer"), nn.ModuleList)
+        if not len(model.encoder.layer):
             raise Unsupported(f"{self.at('encoder.layer')} is empty; at least one layer is needed")
-        tables, eps = self._embeddings(bert.embeddings)
-        hidden_size = tables[0].shape[1]
-        layers = [self._layer(layer, i, hidden_size, eps) for i, layer in enumerate(bert.encoder.layer)]
-        for i, layer in enumerate(layers):
-            for field, value in layer.items():
-                if value != layers[0][field]:
-                    path = self.at(f"encoder.layer.{i}")
-                    raise Unsupported(f"{path} has {field} {value} but layer 0 has {layers[0][field]}")
-        return EncoderSpec(
-            family="bert",
+        tables = self._embeddings(model.embeddings)
+        hidden = width = tables["embedding_size"]
+        if projects_embedding and getattr(model, "embeddings_project", None) is not None:
+            project = checks.exact(model.embeddings_project, self.at("embeddings_project"), nn.Linear)
+            hidden = project.out_features
+            self.linear("embedding.projection", project, self.at("embeddings_project"), width, hidden)
+            if hidden == width:
+                raise Unsupported(f"{self.at('embeddings_project')} does not change the size {width}")
+        layers = [self._layer(layer, i, hidden, tables["eps"]) for i, layer in enumerate(model.encoder.layer)]
+        if counts_positions:
+            padding_idx = checks.padding_idx(model.embeddings, self.at("embeddings"))
+            self.constant(model.embeddings, "padding_idx")
+            tables |= {"position_padding_idx": padding_idx, "position_offset": padding_idx + 1}
+        self.spec = EncoderSpec(
+            family=family.name,
             num_layers=len(layers),
-            hidden_size=hidden_size,
-            eps=eps,
-            vocab_size=tables[0].shape[0],
-            max_positions=tables[1].shape[0],
-            type_vocab_size=tables[2].shape[0],
-            **layers[0],
+            hidden_size=hidden,
+            **tables,
+            **self.same_layers(layers, self.at("encoder.layer")),
         )
 
-    def _embeddings(self, embeddings: Any) -> tuple[list[Tensor], float]:
+    def _embeddings(self, embeddings: Any) -> dict[str, Any]:
         path = self.at("embeddings")
         checks.field(embeddings, path, "position_embedding_type", ("absolute",))
         checks.exact(embeddings.dropout, f"{path}.dropout", nn.Dropout)
-        word = checks.exact(embeddings.word_embeddings, f"{path}.word_embeddings", nn.Embedding)
-        tables = []
-        for canonical, name in (("word", "word"), ("position", "position"), ("token_type", "token_type")):
+        width = checks.exact(embeddings.word_embeddings, f"{path}.word_embeddings", nn.Embedding).weight.shape[1]
+        rows = {}
+        for field, name in (("vocab_size", "word"), ("max_positions", "position"), ("type_vocab_size", "token_type")):
             attribute = f"{name}_embeddings"
-            table = checks.embedding(getattr(embeddings, attribute), f"{path}.{attribute}", word.weight.shape[1])
-            self.add(f"embedding.{canonical}", table, bias=False)
-            tables.append(table.weight)
-        norm = checks.layer_norm(embeddings.LayerNorm, f"{path}.LayerNorm", tables[0].shape[1])
-        self._norm("embedding.norm", norm)
-        self._default_ids(embeddings, path, tables[1].shape[0])
-        return tables, norm.eps
-
-    def _default_ids(self, embeddings: Any, path: str, max_positions: int) -> None:
-        """The buffers used for absent `position_ids` and `token_type_ids` hold what they are made with."""
-        for name, expected in (
-            ("position_ids", torch.arange(max_positions)),
-            ("token_type_ids", torch.zeros(max_positions, dtype=torch.long)),
-        ):
-            buffer = getattr(embeddings, name, None)
-            if buffer is not None and not torch.equal(buffer.detach().cpu().flatten(), expected):
-                raise Unsupported(f"the buffer {path}.{name} does not hold its default values")
-
-    def _norm(self, canonical: str, norm: nn.LayerNorm) -> None:
-        self.add(canonical, norm)
-        self.constants.append((norm, "eps"))
+            table = self.table(f"embedding.{name}", getattr(embeddings, attribute), f"{path}.{attribute}", width)
+            rows[field] = table.shape[0]
+        eps = self.norm("embedding.norm", embeddings.LayerNorm, f"{path}.LayerNorm", width)
+        self.default_ids(embeddings, path, rows["max_positions"])
+        return {"embedding_size": width, "eps": eps, **rows}
 
     def _layer(self, layer: Any, i: int, hidden: int, eps: float) -> dict[str, Any]:
-        path, to = self.at(f"encoder.layer.{i}"), f"layers.{i}"
-        checks.named(layer, path, HOME, "BertLayer")
-        checks.named(layer.attention, f"{path}.attention", HOME, "BertAttention")
-        checks.named(layer.attention.output, f"{path}.attention.output", HOME, "BertSelfOutput")
-        checks.named(layer.intermediate, f"{path}.intermediate", HOME, "BertIntermediate")
-        checks.named(layer.output, f"{path}.output", HOME, "BertOutput")
+        path, to, check = self.at(f"encoder.layer.{i}"), f"layers.{i}", self.family.check
+        check(layer, path, "Layer")
+        check(layer.attention, f"{path}.attention", "Attention")
+        check(layer.attention.output, f"{path}.attention.output", "SelfOutput")
+        check(layer.intermediate, f"{path}.intermediate", "Intermediate")
+        check(layer.output, f"{path}.output", "Output")
         for name in ("is_decoder", "add_cross_attention"):
             checks.field(layer, path, name, (False,))
         attention = self._self_attention(layer.attention.self, f"{path}.attention.self", to, hidden)
-
-        intermediate = layer.intermediate.dense
-        checks.exact(intermediate, f"{path}.intermediate.dense", nn.Linear)
-        inner = intermediate.out_features
+        inner = checks.exact(layer.intermediate.dense, f"{path}.intermediate.dense", nn.Linear).out_features
         for canonical, module, name, sizes in (
             ("attention_output", layer.attention.output.dense, "attention.output.dense", (hidden, hidden)),
-            ("ffn_in", intermediate, "intermediate.dense", (hidden, inner)),
+            ("ffn_in", layer.intermediate.dense, "intermediate.dense", (hidden, inner)),
             ("ffn_out", layer.output.dense, "output.dense", (inner, hidden)),
         ):
-            self.add(f"{to}.{canonical}", checks.linear(module, f"{path}.{name}", *sizes))
+            self.linear(f"{to}.{canonical}", module, f"{path}.{name}", *sizes)
         for canonical, owner, name in (
             ("attention_norm", layer.attention.output, "attention.output"),
             ("output_norm", layer.output, "output"),
         ):
-            self._norm(
-                f"{to}.{canonical}",
-                checks.layer_norm(owner.LayerNorm, f"{path}.{name}.LayerNorm", hidden, eps),
-            )
+            self.norm(f"{to}.{canonical}", owner.LayerNorm, f"{path}.{name}.LayerNorm", hidden, eps)
             checks.exact(owner.dropout, f"{path}.{name}.dropout", nn.Dropout)
-        act = activation(layer.intermediate.intermediate_act_fn, f"{path}.intermediate.intermediate_act_fn")
-        self._constant(layer.intermediate, "intermediate_act_fn")
+        act = self.activation(layer.intermediate, f"{path}.intermediate", "intermediate_act_fn")
         return {"intermediate_size": inner, "activation": act, **attention}
 
     def _self_attention(self, attention: Any, path: str, to: str, hidden: int) -> dict[str, Any]:
-        checks.named(attention, path, HOME, *SELF_ATTENTION)
+        self.family.check(attention, path, *SELF_ATTENTION)
         checks.field(attention, path, "position_embedding_type", ("absolute",))
         for name in ("is_decoder", "is_causal"):
             checks.field(attention, path, name, (False,))
-        num_heads, head_dim = attention.num_attention_heads, attention.attention_head_size
-        if num_heads * head_dim != hidden:
-            raise Unsupported(
-                f"{path} has {num_heads} heads of {head_dim}, which does not make hidden_size {hidden}; "
-                "pruned heads are not served"
-            )
-        for name in ("num_attention_heads", "attention_head_size", "scaling", "is_causal"):
-            self._constant(attention, name)
         for name in ("query", "key", "value"):
-            self.add(f"{to}.{name}", checks.linear(getattr(attention, name), f"{path}.{name}", hidden, hidden))
+            self.linear(f"{to}.{name}", getattr(attention, name), f"{path}.{name}", hidden, hidden)
         checks.exact(attention.dropout, f"{path}.dropout", nn.Dropout)
-        return {
-            "num_heads": num_heads,
-            "head_dim": head_dim,
-            "scale": getattr(attention, "scaling", head_dim**-0.5),
-        }
-
-    def _constant(self, module: nn.Module, name: str) -> None:
-        if name in module.__dict__:
-            self.constants.append((module, name))
+        self.constant(attention, "num_attention_heads", "attention_head_size", "scaling", "is_causal")
+        return self.heads(attention, path, attention.num_attention_heads, attention.attention_head_size, hidden)
 
 
-def _pooler(reader: _Reader, pooler: Any) -> None:
-    path, hidden = reader.at("pooler"), reader.spec.hidden_size
-    checks.named(pooler, path, HOME, "BertPooler")
-    checks.exact(pooler.activation, f"{path}.activation", nn.Tanh)
-    reader.add("pooler", checks.linear(pooler.dense, f"{path}.dense", hidden, hidden))
+def pooler(reader: Reader, model: Any, family: Family) -> Dense:
+    path, module = reader.at("pooler"), model.pooler
+    family.check(module, path, "Pooler")
+    checks.exact(module.activation, f"{path}.activation", nn.Tanh)
+    return reader.dense("pooler", module.dense, f"{path}.dense", reader.spec.hidden_size, activation="tanh")
 
 
-def base(model: Any) -> Match:
-    reader = _Reader(model, "")
-    pooler = getattr(model, "pooler", None)
-    if pooler is not None:
-        _pooler(reader, pooler)
-    head, build = heads.base_model(pooler=pooler is not None)
-    return Match(reader.spec, head, reader.parameters, build, tuple(reader.constants))
+def lm_transform(reader: Reader, transform: Any, path: str, act: HeadActivation, norm: str) -> Dense:
+    """The dense layer, activation and LayerNorm before a decoder."""
+    behind = (f"{path}.{norm}", getattr(transform, norm))
+    return reader.dense(
+        "transform", transform.dense, f"{path}.dense", reader.spec.hidden_size, activation=act, norm=behind
+    )
 
 
-def with_head(model: Any, make_head: Callable[[], tuple[Any, heads.BuildOutput]]) -> Match:
-    checks.named(model.bert, "bert", HOME, "BertModel")
-    reader = _Reader(model.bert, "bert.")
-    head, build = make_head()
-    if head.pooler:
-        _pooler(reader, model.bert.pooler)
+def base(model: Any, family: Family) -> Match:
+    reader = family.read(model, "", family)
+    pooled = None if getattr(model, "pooler", None) is None else pooler(reader, model, family)
+    return reader.match(heads.base_model(pooled))
+
+
+def sequence_classification(model: Any, family: Family) -> Match:
+    reader = family.base_of(model)
+    pooled = pooler(reader, getattr(model, family.base), family)
     checks.exact(model.dropout, "dropout", nn.Dropout)
-    checks.exact(model.classifier, "classifier", nn.Linear)
-    classifier = checks.linear(model.classifier, "classifier", reader.spec.hidden_size, model.classifier.out_features)
-    reader.add("classifier", classifier)
-    return Match(reader.spec, head, reader.parameters, build, tuple(reader.constants))
+    classifier = reader.dense("classifier", model.classifier, "classifier", reader.spec.hidden_size)
+    return reader.match(heads.sequence_classifier(pooled, classifier))
 
 
-CLASSES: dict[str, Callable[[Any], Match]] = {
-    "BertModel": base,
-    "BertForSequenceClassification": functools.partial(with_head, make_head=heads.sequence_classifier),
-    "BertForTokenClassification": functools.partial(with_head, make_head=heads.token_classifier),
-}
+def token_classification(model: Any, family: Family) -> Match:
+    reader = family.base_of(model)
+    checks.exact(model.dropout, "dropout", nn.Dropout)
+    return reader.match(
+        heads.token_classifier(reader.dense("classifier", model.classifier, "classifier", reader.spec.hidden_size))
+    )
+
+
+def question_answering(model: Any, family: Family) -> Match:
+    reader = family.base_of(model)
+    spans = reader.dense("qa_outputs", model.qa_outputs, "qa_outputs", reader.spec.hidden_size)
+    if spans.out_features != 2:
+        raise Unsupported(f"qa_outputs has {spans.out_features} outputs; 2 are needed, a start and an end")
+    return reader.match(heads.question_answering(spans))
+
+
+def multiple_choice(model: Any, family: Family) -> Match:
+    reader = family.base_of(model)
+    pooled = pooler(reader, getattr(model, family.base), family)
+    checks.exact(model.dropout, "dropout", nn.Dropout)
+    scorer = reader.dense("classifier", model.classifier, "classifier", reader.spec.hidden_size)
+    return reader.match(heads.multiple_choice(pooled, one_score(scorer, "classifier")))
+
+
+def one_score(dense: Dense, path: str) -> Dense:
+    if dense.out_features != 1:
+        raise Unsupported(f"{path} has {dense.out_features} outputs; 1 is needed, a score for each text")
+    return dense
+
+
+def _lm_layers(reader: Reader, predictions: Any, family: Family) -> tuple[Dense, Dense]:
+    path, transform = "cls.predictions", predictions.transform
+    family.check(predictions, path, "LMPredictionHead")
+    family.check(transform, f"{path}.transform", "PredictionHeadTransform")
+    act = reader.activation(transform, f"{path}.transform", "transform_act_fn")
+    first = lm_transform(reader, transform, f"{path}.transform", act, "LayerNorm")
+    return first, reader.dense("decoder", predictions.decoder, f"{path}.decoder", first.out_features)
+
+
+def masked_lm(model: Any, family: Family) -> Match:
+    reader = family.base_of(model)
+    family.check(model.cls, "cls", "OnlyMLMHead")
+    return reader.match(heads.masked_lm(*_lm_layers(reader, model.cls.predictions, family)))
+
+
+def _relationship(reader: Reader, model: Any, family: Family) -> tuple[Dense, Dense]:
+    pooled = pooler(reader, getattr(model, family.base), family)
+    path = "cls.seq_relationship"
+    return pooled, reader.dense("seq_relationship", model.cls.seq_relationship, path, reader.spec.hidden_size)
+
+
+def next_sentence_prediction(model: Any, family: Family) -> Match:
+    reader = family.base_of(model)
+    family.check(model.cls, "cls", "OnlyNSPHead")
+    return reader.match(heads.next_sentence(*_relationship(reader, model, family)))
+
+
+def pretraining(model: Any, family: Family) -> Match:
+    reader = family.base_of(model)
+    family.check(model.cls, "cls", "PreTrainingHeads")
+    lm = _lm_layers(reader, model.cls.predictions, family)
+    return reader.match(heads.bert_pretraining(family.home, lm, _relationship(reader, model, family)))
+
+
+def classes(family: Family, **recognisers: Callable[[Any, Family], Match]) -> dict[str, Callable[[Any], Match]]:
+    """Class name -> function(module); `recognisers` are keyed by what follows the family's prefix."""
+    return {family.prefix + name: _of(family, recognise) for name, recognise in recognisers.items()}
+
+
+def _of(family: Family, recognise: Callable[[Any, Family], Match]) -> Callable[[Any], Match]:
+    return lambda model: recognise(model, family)
+
+
+CLASSES = classes(
+    Family("bert", "transformers.models.bert.modeling_bert", "Bert", "bert", BertReader),
+    Model=base,
+    ForSequenceClassification=sequence_classification,
+    ForTokenClassification=token_classification,
+    ForQuestionAnswering=question_answering,
+    ForMultipleChoice=multiple_choice,
+    ForMaskedLM=masked_lm,
+    ForNextSentencePrediction=next_sentence_prediction,
+    ForPreTraining=pretraining,
+)

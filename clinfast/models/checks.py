@@ -88,6 +88,22 @@ def named(module: Any, path: str, home: str, *names: str) -> Any:
     return module
 
 
+def one_of(module: Any, path: str, classes: tuple[tuple[str, str], ...]) -> Any:
+    """`module`, whose class must be one of `classes`: Python module and name."""
+    cls = type(module)
+    if (cls.__module__, cls.__qualname__) not in classes:
+        raise Unsupported(f"{path} is {_name(module)}, not {'.'.join(classes[0])}{_advice(module)}")
+    return module
+
+
+def padding_idx(embeddings: nn.Module, path: str) -> int:
+    """The pad id from which positions are counted."""
+    value = getattr(embeddings, "padding_idx", None)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise Unsupported(f"{path}.padding_idx is {value!r}; positions are counted from a pad id, an integer from 0 on")
+    return value
+
+
 def parameter(module: nn.Module, path: str, name: str, shape: tuple[int, ...]) -> None:
     """`module._parameters[name]` is there and has this shape."""
     tensor = module._parameters.get(name)

@@ -1,45 +1,120 @@
 """What follows an encoder in transformers: its `HeadSpec`, and the stock output made from an `EncoderOutput`.
 
-The makers import transformers when called: a model of theirs exists by then.
+The output classes are imported when a head is made: a model of theirs exists by then.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from clinfast.engine.spec import EncoderOutput, HeadSpec
+from torch import Tensor
 
-BuildOutput = Callable[[EncoderOutput], Any]
+from clinfast.engine.spec import Branch, Dense, EncoderOutput, HeadSpec, Request
+
+BuildOutput = Callable[[EncoderOutput, Request], Any]
 
 
-def base_model(*, pooler: bool) -> tuple[HeadSpec, BuildOutput]:
+class Head(NamedTuple):
+    """`per_token` names the fields of the output that are [B, S, ...]."""
+
+    spec: HeadSpec
+    build: BuildOutput
+    per_token: tuple[str, ...] = ()
+
+
+def output_class(name: str, home: str = "transformers.modeling_outputs") -> Any:
+    return getattr(importlib.import_module(home), name)
+
+
+def base_model(pooler: Dense | None = None, output: str = "BaseModelOutputWithPoolingAndCrossAttentions") -> Head:
     """No head: `last_hidden_state` [B, S, H], and `pooler_output` [B, H] where the model has a pooler."""
-    from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+    make = output_class(output)
+    branches = () if pooler is None else (Branch("first_token", (pooler,)),)
 
-    def build(output: EncoderOutput) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        return BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=output.hidden_states, pooler_output=output.pooled
-        )
+    def build(output: EncoderOutput, _: Request) -> Any:
+        if output.branches:
+            return make(last_hidden_state=output.hidden_states, pooler_output=output.branches[0])
+        return make(last_hidden_state=output.hidden_states)
 
-    return HeadSpec("none", pooler=pooler), build
-
-
-def sequence_classifier() -> tuple[HeadSpec, BuildOutput]:
-    """Pooler and linear on the first token: `logits` [B, C]."""
-    from transformers.modeling_outputs import SequenceClassifierOutput
-
-    def build(output: EncoderOutput) -> SequenceClassifierOutput:
-        return SequenceClassifierOutput(logits=output.logits)
-
-    return HeadSpec("first_token", pooler=True, classifier=True), build
+    return Head(HeadSpec("base", hidden_states=True, branches=branches), build, ("last_hidden_state",))
 
 
-def token_classifier() -> tuple[HeadSpec, BuildOutput]:
-    """A linear on every token: `logits` [B, S, C]."""
-    from transformers.modeling_outputs import TokenClassifierOutput
+def _logits_only(spec: HeadSpec, output: str, per_token: bool) -> Head:
+    make = output_class(output)
 
-    def build(output: EncoderOutput) -> TokenClassifierOutput:
-        return TokenClassifierOutput(logits=output.logits)
+    def build(output: EncoderOutput, _: Request) -> Any:
+        return make(logits=output.branches[0])
 
-    return HeadSpec("per_token", classifier=True), build
+    return Head(spec, build, ("logits",) if per_token else ())
+
+
+def sequence_classifier(*layers: Dense) -> Head:
+    """Dense layers on the first token: `logits` [B, C]."""
+    spec = HeadSpec("sequence_classification", branches=(Branch("first_token", layers),))
+    return _logits_only(spec, "SequenceClassifierOutput", per_token=False)
+
+
+def next_sentence(*layers: Dense) -> Head:
+    """Dense layers on the first token: `logits` [B, 2]."""
+    spec = HeadSpec("next_sentence_prediction", branches=(Branch("first_token", layers),))
+    return _logits_only(spec, "NextSentencePredictorOutput", per_token=False)
+
+
+def token_classifier(*layers: Dense) -> Head:
+    """Dense layers on every token: `logits` [B, S, C]."""
+    spec = HeadSpec("token_classification", branches=(Branch("per_token", layers),))
+    return _logits_only(spec, "TokenClassifierOutput", per_token=True)
+
+
+def masked_lm(*layers: Dense) -> Head:
+    """Dense layers on every token, the last one to the vocabulary: `logits` [B, S, V], or [P, V] at P positions."""
+    spec = HeadSpec("masked_lm", branches=(Branch("per_token", layers, selectable=True),))
+    return _logits_only(spec, "MaskedLMOutput", per_token=True)
+
+
+def question_answering(layer: Dense) -> Head:
+    """Two scores for every token: `start_logits` and `end_logits` [B, S]."""
+    make = output_class("QuestionAnsweringModelOutput")
+
+    def build(output: EncoderOutput, _: Request) -> Any:
+        start, end = output.branches[0].unbind(-1)
+        return make(start_logits=start.contiguous(), end_logits=end.contiguous())
+
+    spec = HeadSpec("question_answering", branches=(Branch("per_token", (layer,), pads="min"),))
+    return Head(spec, build, ("start_logits", "end_logits"))
+
+
+def multiple_choice(*layers: Dense) -> Head:
+    """One score for each text [B, C, S]: `logits` [B, C]."""
+    make = output_class("MultipleChoiceModelOutput")
+
+    def build(output: EncoderOutput, request: Request) -> Any:
+        assert request.num_choices is not None
+        return make(logits=output.branches[0].view(-1, request.num_choices))
+
+    return Head(HeadSpec("multiple_choice", branches=(Branch("first_token", layers),), choices=True), build)
+
+
+def bert_pretraining(home: str, lm: tuple[Dense, ...], relationship: tuple[Dense, ...]) -> Head:
+    """`prediction_logits` [B, S, V] and `seq_relationship_logits` [B, 2]."""
+    make = output_class("BertForPreTrainingOutput", home)
+
+    def build(output: EncoderOutput, _: Request) -> Any:
+        prediction, relation = output.branches
+        return make(prediction_logits=prediction, seq_relationship_logits=relation)
+
+    branches = (Branch("per_token", lm), Branch("first_token", relationship))
+    return Head(HeadSpec("pretraining", branches=branches), build, ("prediction_logits",))
+
+
+def electra_pretraining(home: str, *layers: Dense) -> Head:
+    """Whether each token was replaced: `logits` [B, S]."""
+    make = output_class("ElectraForPreTrainingOutput", home)
+
+    def build(output: EncoderOutput, _: Request) -> Any:
+        logits: Tensor = output.branches[0]
+        return make(logits=logits.squeeze(-1))
+
+    return Head(HeadSpec("pretraining", branches=(Branch("per_token", layers),)), build, ("logits",))

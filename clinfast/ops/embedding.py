@@ -12,6 +12,7 @@ def reference(
     input_ids: Tensor,
     token_type_ids: Tensor | None,
     indices: Tensor,
+    position_ids: Tensor | None,
     word: Tensor,
     position: Tensor,
     token_type: Tensor | None,
@@ -26,7 +27,11 @@ def reference(
     if token_type is not None:
         types = torch.zeros_like(at) if token_type_ids is None else token_type_ids.reshape(-1)[at].long()
         total = total + token_type[types]
-    total = total + position[at % max(input_ids.shape[1], 1) + position_offset]
+    if position_ids is None:
+        positions = at % max(input_ids.shape[1], 1) + position_offset
+    else:
+        positions = position_ids.reshape(-1)[at].long()
+    total = total + position[positions]
     normalised = torch.nn.functional.layer_norm(
         total, total.shape[-1:], weight.to(total.dtype), shift.to(total.dtype), eps
     )
@@ -37,6 +42,7 @@ def fake(
     input_ids: Tensor,
     token_type_ids: Tensor | None,
     indices: Tensor,
+    position_ids: Tensor | None,
     word: Tensor,
     position: Tensor,
     token_type: Tensor | None,
@@ -52,9 +58,9 @@ def fake(
 _run = registry.define(
     registry.Op(
         "embedding",
-        "(Tensor input_ids, Tensor? token_type_ids, Tensor indices, Tensor word, Tensor position, "
-        "Tensor? token_type, Tensor weight, Tensor shift, float eps, int position_offset, ScalarType dtype) "
-        "-> Tensor",
+        "(Tensor input_ids, Tensor? token_type_ids, Tensor indices, Tensor? position_ids, Tensor word, "
+        "Tensor position, Tensor? token_type, Tensor weight, Tensor shift, float eps, int position_offset, "
+        "ScalarType dtype) -> Tensor",
         reference,
         fake,
     )
@@ -65,6 +71,7 @@ def embedding(
     input_ids: Tensor,
     token_type_ids: Tensor | None,
     indices: Tensor,
+    position_ids: Tensor | None,
     word: Tensor,
     position: Tensor,
     token_type: Tensor | None,
@@ -74,7 +81,7 @@ def embedding(
     position_offset: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """LayerNorm((word[id] + token_type[type]) + position[column + position_offset]) * weight + shift.
+    """LayerNorm((word[id] + token_type[type]) + position[p]) * weight + shift.
 
     The sum and the LayerNorm are fp32 whatever the tables' dtype.
 
@@ -82,12 +89,13 @@ def embedding(
         input_ids: [B, S] int32 or int64, any strides.
         token_type_ids: like `input_ids`; None means type 0 for every token.
         indices: [T] int32, each token's row * S + column, as `pack` returns them.
+        position_ids: [B, S] int32, contiguous, each token's p; None means its column + `position_offset`.
         word: [vocab_size, H], fp32 or bf16, last dimension contiguous, as the other tables.
         position: [max_positions, H].
         token_type: [type_vocab_size, H], or None where the family has no token types.
         weight, shift: [H], fp32.
         eps: added to the variance.
-        position_offset: added to the column.
+        position_offset: added to the column; not used with `position_ids`.
         dtype: of the result, fp32 or bf16.
 
     Returns:
@@ -101,6 +109,7 @@ def embedding(
         input_ids,
         token_type_ids,
         indices,
+        position_ids,
         word,
         position,
         token_type,

@@ -82,6 +82,15 @@ class PackedLinear(Protocol):
 
     def __call__(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor: ...
 
+    def scatter(self, x: Tensor, rows: Tensor, out: Tensor) -> None:
+        """out[rows[i]] = linear(x)[i], for results too large to be held twice.
+
+        Args:
+            x: [N, in_features].
+            rows: [N] int32, distinct, each within `out`.
+            out: [M, out_features], fp32 or bf16, contiguous; its other rows are not touched.
+        """
+
 
 def prepack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str = "auto") -> PackedLinear:
     """Lay `weight` [out_features, in_features] out in `dtype` for the chosen backend. The source is copied."""

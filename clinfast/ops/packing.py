@@ -1,4 +1,4 @@
-"""`pack` and `unpack`: from a padded batch to packed tokens and back."""
+"""`pack` and `unpack`: from a padded batch to packed tokens and back; `position_ids` of a padded batch."""
 
 from __future__ import annotations
 
@@ -152,3 +152,42 @@ def unpack(packed: Tensor, indices: Tensor, positions: int, dtype: torch.dtype) 
         IndexError: an index outside [0, positions); nothing is written outside.
     """
     return torch.ops.clinfast.unpack(packed, indices, positions, dtype)
+
+
+def position_ids_reference(input_ids: Tensor, padding_idx: int) -> Tensor:
+    rows = []
+    for row in input_ids.tolist():
+        last, out = padding_idx, []
+        for value in row:
+            last += value != padding_idx
+            out.append(padding_idx if value == padding_idx else last)
+        rows.append(out)
+    return torch.tensor(rows, dtype=torch.int32).view(input_ids.shape)
+
+
+def position_ids_fake(input_ids: Tensor, padding_idx: int) -> Tensor:
+    return input_ids.new_empty(input_ids.shape, dtype=torch.int32)
+
+
+_run_position_ids = registry.define(
+    registry.Op(
+        "position_ids", "(Tensor input_ids, int padding_idx) -> Tensor", position_ids_reference, position_ids_fake
+    )
+)
+
+
+def position_ids(input_ids: Tensor, padding_idx: int) -> Tensor:
+    """Positions as RoBERTa counts them, whatever the attention mask says.
+
+    Args:
+        input_ids: [B, S] int32 or int64, any strides.
+        padding_idx: the pad token's id, which is also the position of pad tokens; not negative.
+
+    Returns:
+        [B, S] int32: padding_idx + the number of ids up to this column that are not `padding_idx`, and `padding_idx`
+        itself where the id is it.
+
+    Raises:
+        ValueError: a shape or dtype that the kernels do not take.
+    """
+    return torch.ops.clinfast.position_ids(input_ids, padding_idx)

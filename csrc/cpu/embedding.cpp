@@ -26,7 +26,7 @@ template <typename T, typename O> static int64_t embed(const EmbeddingArgs &a) {
     }
     int64_t row = index / a.seqlen, column = index - row * a.seqlen;
     int64_t id = id_at(a.input_ids, a.ids_itemsize, row * a.ids_row_stride + column * a.ids_column_stride);
-    int64_t position = column + a.position_offset, type = 0;
+    int64_t position = a.position_ids ? int64_t(a.position_ids[index]) : column + a.position_offset, type = 0;
     if (types && a.token_type_ids)
       type = id_at(a.token_type_ids, a.types_itemsize, row * a.types_row_stride + column * a.types_column_stride);
     if (!inside(id, a.vocab_size) || !inside(position, a.max_positions) ||

@@ -35,7 +35,7 @@ void encoder(const EncoderArgs &a) {
 
   auto multiply = [&](const LinearWeights &w, const void *in, const void *residual, void *out, int64_t rows,
                       int64_t inputs, int64_t outputs, Activation activation) {
-    linear({in, w.packed, w.bias, residual, out, inputs, residual ? outputs : 0, outputs, rows, inputs, outputs,
+    linear({in, w.packed, w.bias, residual, out, nullptr, inputs, residual ? outputs : 0, outputs, rows, inputs, outputs,
             activation, a.dtype, a.num_threads});
   };
   auto normalise = [&](const NormWeights &w, void *rows, int64_t count) {

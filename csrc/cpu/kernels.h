@@ -39,14 +39,15 @@ struct LayerNormArgs {
   int32_t num_threads;
 };
 
-// out[t] = LayerNorm(word[id] + token_type[type] + position[column + position_offset]) * weight + shift, where the
-// token is indices[t] of the flattened [batch, seqlen] ids. token_type_ids may be null (type 0), token_type as well.
+// out[t] = LayerNorm(word[id] + token_type[type] + position[p]) * weight + shift, where the token is indices[t] of the
+// flattened [batch, seqlen] ids and p its position_ids, contiguous; where those are null, column + position_offset.
+// token_type_ids may be null (type 0), token_type as well.
 // Returns the first t whose index, id, type or position lies outside, or -1; those rows are left as they were.
 struct EmbeddingArgs {
   const void *input_ids, *token_type_ids;
   int64_t ids_row_stride, ids_column_stride, types_row_stride, types_column_stride;
   int32_t ids_itemsize, types_itemsize;
-  const int32_t *indices;
+  const int32_t *indices, *position_ids;
   int64_t seqlen, tokens, hidden, position_offset;
   const void *word, *position, *token_type;
   int64_t word_stride, position_stride, token_type_stride;
@@ -60,12 +61,13 @@ struct EmbeddingArgs {
 };
 
 // out = activation(x @ weight.T + bias) + residual. `packed` was written by linear_pack for the same instruction set.
-// bias and residual may be null; residual may not overlap out.
+// bias and residual may be null; residual may not overlap out. out_rows may be null; else row r goes to row out_rows[r].
 struct LinearArgs {
   const void *x, *packed;
   const float *bias;
   const void *residual;
   void *out;
+  const int32_t *out_rows;
   int64_t x_stride, residual_stride, out_stride;
   int64_t rows, in_features, out_features;
   Activation activation;
@@ -116,6 +118,15 @@ struct PackResult {
   int64_t tokens, max_seqlen, empty_notes;
   int64_t bad_id_at, bad_type_at;  // flat position of the first value out of range, -1 where there is none
   int64_t first_masked_note;       // first note whose column 0 is masked, -1 where there is none
+};
+
+// position_ids[b, s] = padding_idx + (ids of row b up to s that are not padding_idx), or padding_idx where the id is it.
+struct PositionArgs {
+  const void *input_ids;
+  int64_t row_stride, column_stride;
+  int32_t itemsize;
+  int64_t batch, seqlen, padding_idx;
+  int32_t *position_ids;
 };
 
 // padded[indices[t]] = packed[t]; every other row is zero. Returns the first t whose index is not a position, before
@@ -172,6 +183,7 @@ struct KernelTable {
   int64_t (*pooling)(const PoolingArgs &);
   void (*pack)(const PackArgs &, PackResult &);
   int64_t (*unpack)(const UnpackArgs &);
+  void (*position_ids)(const PositionArgs &);
 };
 
 // Whether the `width` bytes at each address equal the `count * width` bytes at `expected`.

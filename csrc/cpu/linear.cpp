@@ -38,7 +38,8 @@ template <typename T>
 static void finish_rows(const LinearArgs &a, const float *sums, int64_t row, int64_t rows, int64_t column) {
   const int64_t columns = a.out_features - column < kPanel ? a.out_features - column : kPanel;
   for (int64_t r = 0; r < rows; r++) {
-    T *out = static_cast<T *>(a.out) + (row + r) * a.out_stride + column;
+    const int64_t out_row = a.out_rows ? int64_t(a.out_rows[row + r]) : row + r;
+    T *out = static_cast<T *>(a.out) + out_row * a.out_stride + column;
     const T *residual =
         a.residual ? static_cast<const T *>(a.residual) + (row + r) * a.residual_stride + column : nullptr;
     for_lanes(columns, [&](int64_t i, int n) {

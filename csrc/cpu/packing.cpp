@@ -91,6 +91,26 @@ void pack(const PackArgs &a, PackResult &result) {
   else pack_notes<int8_t>(a, result);
 }
 
+template <typename I> static void count_ids(const PositionArgs &a) {
+  const I *ids = static_cast<const I *>(a.input_ids);
+  int32_t *out = a.position_ids;
+  const int32_t padding = int32_t(a.padding_idx);
+  for (int64_t row = 0; row < a.batch; row++) {
+    const I *at = ids + row * a.row_stride;
+    int32_t last = padding;
+    for (int64_t s = 0; s < a.seqlen; s++) {
+      const bool counts = int64_t(at[s * a.column_stride]) != a.padding_idx;
+      last += counts;
+      *out++ = counts ? last : padding;
+    }
+  }
+}
+
+void position_ids(const PositionArgs &a) {
+  if (a.itemsize == 8) count_ids<int64_t>(a);
+  else count_ids<int32_t>(a);
+}
+
 template <typename P, typename O> static inline void copy_row(const P *from, O *to, int64_t hidden) {
   for_lanes(hidden, [&](int64_t i, int n) { store(load(from + i, n), to + i, n); });
 }

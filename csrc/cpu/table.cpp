@@ -18,10 +18,11 @@ int64_t encoder_workspace_bytes(int64_t, int64_t, int64_t, DType);
 int64_t pooling(const PoolingArgs &);
 void pack(const PackArgs &, PackResult &);
 int64_t unpack(const UnpackArgs &);
+void position_ids(const PositionArgs &);
 
 extern const KernelTable table = {
     CLINFAST_STRING(CLINFAST_ISA), attention, layer_norm, embedding, gelu, linear, linear_packed_bytes, linear_pack,
-    encoder, encoder_workspace_bytes, pooling, pack, unpack,
+    encoder, encoder_workspace_bytes, pooling, pack, unpack, position_ids,
 };
 
 }  // namespace CLINFAST_ISA

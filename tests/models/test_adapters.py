@@ -1,5 +1,6 @@
 """What an adapter reads off a live module, and what it refuses by name."""
 
+import json
 import subprocess
 import sys
 
@@ -7,12 +8,12 @@ import pytest
 import torch
 from bert_models import make
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertLMHeadModel, BertModel
 from transformers.activations import ACT2FN
 
 from clinfast import models
-from clinfast.engine.spec import EncoderOutput, EncoderSpec, HeadSpec, Unsupported
-from clinfast.models import bert
+from clinfast.engine.spec import Branch, Dense, EncoderOutput, EncoderSpec, HeadSpec, Request, Unsupported
+from clinfast.models import activations
 
 SPEC = {
     "family": "bert",
@@ -28,12 +29,36 @@ SPEC = {
     "max_positions": 64,
     "type_vocab_size": 2,
     "position_offset": 0,
+    "position_padding_idx": None,
+    "embedding_size": 64,
 }
+POOLER = Dense("pooler", 64, 64, "tanh")
+TRANSFORM, DECODER = Dense("transform", 64, 64, "gelu", 1e-12), Dense("decoder", 64, 97)
 HEAD_SPECS = {
-    "base": HeadSpec("none", pooler=True),
-    "no-pooler": HeadSpec("none"),
-    "sequence": HeadSpec("first_token", pooler=True, classifier=True),
-    "token": HeadSpec("per_token", classifier=True),
+    "base": HeadSpec("base", True, (Branch("first_token", (POOLER,)),)),
+    "no-pooler": HeadSpec("base", True),
+    "sequence": HeadSpec(
+        "sequence_classification", branches=(Branch("first_token", (POOLER, Dense("classifier", 64, 2))),)
+    ),
+    "token": HeadSpec("token_classification", branches=(Branch("per_token", (Dense("classifier", 64, 2),)),)),
+    "qa": HeadSpec("question_answering", branches=(Branch("per_token", (Dense("qa_outputs", 64, 2),), "min"),)),
+    "mlm": HeadSpec("masked_lm", branches=(Branch("per_token", (TRANSFORM, DECODER), selectable=True),)),
+    "nsp": HeadSpec(
+        "next_sentence_prediction",
+        branches=(Branch("first_token", (POOLER, Dense("seq_relationship", 64, 2))),),
+    ),
+    "choice": HeadSpec(
+        "multiple_choice",
+        branches=(Branch("first_token", (POOLER, Dense("classifier", 64, 1))),),
+        choices=True,
+    ),
+    "pretraining": HeadSpec(
+        "pretraining",
+        branches=(
+            Branch("per_token", (TRANSFORM, DECODER)),
+            Branch("first_token", (POOLER, Dense("seq_relationship", 64, 2))),
+        ),
+    ),
 }
 
 
@@ -52,6 +77,8 @@ def test_specs(head):
     match = models.match(make(head))
     assert match.encoder == EncoderSpec(**SPEC)
     assert match.head == HEAD_SPECS[head]
+    assert EncoderSpec.from_json(match.encoder.to_json()) == match.encoder
+    assert HeadSpec.from_dict(json.loads(json.dumps(match.head.to_dict()))) == match.head
 
 
 @pytest.mark.parametrize("head", HEAD_SPECS)
@@ -61,7 +88,9 @@ def test_every_parameter_has_its_canonical_name(head):
     assert tuple(match.parameters) != ()
     assert set(match.parameters) == set(match.encoder.parameter_names() + match.head.parameter_names())
     found = {id(ref.tensor()) for ref in match.parameters.values()}
-    assert found == {id(p) for p in model.parameters()}, "all weights of the model are read, each once"
+    # transformers keeps a decoder's bias under a second name.
+    unread = {id(p) for name, p in model.named_parameters() if name != "cls.predictions.bias"} - found
+    assert not unread and found <= {id(p) for p in model.parameters()}, "all weights of the model are read"
 
 
 @pytest.mark.parametrize(
@@ -247,7 +276,7 @@ def test_older_releases_with_an_sdpa_class():
     model = make()
     cls = type(first_layer(model).attention.self)
     for layer in model.encoder.layer:
-        layer.attention.self.__class__ = type("BertSdpaSelfAttention", (cls,), {"__module__": bert.HOME})
+        layer.attention.self.__class__ = type("BertSdpaSelfAttention", (cls,), {"__module__": cls.__module__})
     assert models.match(model).encoder == EncoderSpec(**SPEC)
 
 
@@ -258,7 +287,9 @@ def test_older_releases_leave_a_bound_forward():
 
 
 @pytest.mark.parametrize(
-    "module", [nn.Linear(2, 2), make("qa"), make("mlm"), nn.Sequential(make())], ids=["linear", "qa", "mlm", "outer"]
+    "module",
+    [nn.Linear(2, 2), BertLMHeadModel(BertConfig(num_hidden_layers=1, hidden_size=12)), nn.Sequential(make())],
+    ids=["linear", "causal-lm", "outer"],
 )
 def test_other_classes_are_not_ours(module):
     assert models.match(module) is None
@@ -272,18 +303,25 @@ def test_constants_are_live():
 
 
 def test_outputs_are_of_the_stock_class():
-    hidden, pooled, logits = torch.ones(2, 3, 64), torch.ones(2, 64), torch.ones(2, 5)
-    for head, output in (
-        ("base", EncoderOutput(hidden, pooled, None)),
-        ("no-pooler", EncoderOutput(hidden, None, None)),
-        ("sequence", EncoderOutput(None, None, logits)),
-        ("token", EncoderOutput(None, None, hidden)),
-    ):
+    hidden, ids = torch.ones(2, 3, 64), torch.ones(2, 3, dtype=torch.long)
+    for head in HEAD_SPECS:
         model = make(head)
+        match = models.match(model)
+        branches = tuple(
+            torch.ones((2,) if branch.rows == "first_token" else (2, 3)).unsqueeze(-1).repeat_interleave(
+                branch.out_features, -1
+            )
+            for branch in match.head.branches
+        )
+        request = Request(ids, None, None, num_choices=2)
+        ours = match.build_output(EncoderOutput(hidden if match.head.hidden_states else None, branches), request)
         with torch.no_grad():
-            stock = model(input_ids=torch.ones(2, 3, dtype=torch.long))
-        ours = models.match(model).build_output(output)
+            stock = model(input_ids=ids[None] if match.head.choices else ids)
         assert type(ours) is type(stock) and ours.keys() == stock.keys()
+        assert [v.shape for v in ours.values()] == [v.shape for v in stock.values()]
+        assert all(v.is_contiguous() for v in ours.values())
+        for name in stock:
+            assert (name in match.per_token) == (stock[name].shape[:2] == ids.shape)
 
 
 def test_nothing_of_transformers_is_imported_early():

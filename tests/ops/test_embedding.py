@@ -12,12 +12,14 @@ from clinfast.ops import embedding as op
 VOCAB, POSITIONS, TYPES, EPS = 40, 64, 2, 1e-12
 DTYPES = [torch.float32, torch.bfloat16]
 NAMES = (
-    "input_ids", "token_type_ids", "indices", "word", "position", "token_type", "weight", "shift", "eps",
+    "input_ids", "token_type_ids", "indices", "position_ids", "word", "position", "token_type", "weight", "shift", "eps",
     "position_offset", "dtype",
 )  # fmt: skip
 
 
-def case(batch, seqlen, hidden, dtype=torch.float32, types=True, table=True, offset=0, keep=0.7, seed=0, out=None):
+def case(
+    batch, seqlen, hidden, dtype=torch.float32, types=True, table=True, offset=0, keep=0.7, seed=0, out=None, given=False
+):
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCAB, (batch, seqlen), generator=g)
     type_ids = torch.randint(0, TYPES, (batch, seqlen), generator=g) if types else None
@@ -27,7 +29,8 @@ def case(batch, seqlen, hidden, dtype=torch.float32, types=True, table=True, off
     )
     weight, shift = torch.randn(hidden, generator=g), torch.randn(hidden, generator=g)
     token_type = token_type if table else None
-    return [ids, type_ids, indices, word, position, token_type, weight, shift, EPS, offset, out or dtype]
+    positions = torch.randint(0, POSITIONS, (batch, seqlen), generator=g, dtype=torch.int32) if given else None
+    return [ids, type_ids, indices, positions, word, position, token_type, weight, shift, EPS, offset, out or dtype]
 
 
 def stock_and_exact(args):
@@ -39,8 +42,8 @@ def stock_and_exact(args):
 @pytest.mark.parametrize("out_dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "seqlen", "hidden"), [(1, 1, 1), (2, 7, 33), (3, 50, 384), (1, 60, 1023)])
 def test_matches_reference(isa, batch, seqlen, hidden, table_dtype, out_dtype):
-    for types, table in ((True, True), (False, True), (True, False)):
-        args = case(batch, seqlen, hidden, table_dtype, types, table, keep=1, out=out_dtype)
+    for types, table, given in ((True, True, False), (False, True, True), (True, False, False), (False, False, True)):
+        args = case(batch, seqlen, hidden, table_dtype, types, table, keep=1, out=out_dtype, given=given)
         for backend in (compiled, torch_backend.embedding):
             ours = backend(*args)
             assert ours.dtype == out_dtype
@@ -56,12 +59,13 @@ def test_matches_reference(isa, batch, seqlen, hidden, table_dtype, out_dtype):
     narrow=st.booleans(),
     transposed=st.booleans(),
     offset=st.integers(0, POSITIONS - 30),
+    given=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_batch_from_offset_views(isa, batch, seqlen, hidden, dtype, narrow, transposed, offset, seed):
-    args = case(batch, seqlen, hidden, dtype, offset=offset, seed=seed)
+def test_any_batch_from_offset_views(isa, batch, seqlen, hidden, dtype, narrow, transposed, offset, given, seed):
+    args = case(batch, seqlen, hidden, dtype, offset=offset, given=given, seed=seed)
     views = list(args)
-    for i in (3, 4, 5):
+    for i in (4, 5, 6):
         views[i] = offset_view(args[i])
     for i in (0, 1):
         ids = args[i].int() if narrow else args[i]
@@ -85,12 +89,12 @@ def test_a_token_has_the_same_bits_in_any_batch(isa, dtype):
 
 
 def test_writes_nothing_outside_the_result(isa):
-    ids, types, indices, word, position, token_type, weight, shift, *_ = args = case(2, 9, 37)
+    ids, types, indices, _, word, position, token_type, weight, shift, *_ = args = case(2, 9, 37)
     tokens = len(indices)
     big = torch.full((tokens + 2, 43), SENTINEL)
     out = big[1:-1, 3:-3]
     native.kernels().embedding(
-        ids.data_ptr(), types.data_ptr(), 9, 1, 9, 1, 8, 8, indices.data_ptr(), 9, tokens, 37, 0,
+        ids.data_ptr(), types.data_ptr(), 9, 1, 9, 1, 8, 8, indices.data_ptr(), 0, 9, tokens, 37, 0,
         word.data_ptr(), position.data_ptr(), token_type.data_ptr(), 37, 37, 37, weight.data_ptr(),
         shift.data_ptr(), out.data_ptr(), 43, EPS, 0, 0, 2, 2, VOCAB, POSITIONS, TYPES,
     )  # fmt: skip
@@ -101,6 +105,7 @@ def test_writes_nothing_outside_the_result(isa):
 
 def test_opcheck():
     opcheck("embedding", tuple(case(2, 5, 20)))
+    opcheck("embedding", tuple(case(2, 5, 20, given=True)))
     opcheck("embedding", tuple(case(2, 5, 20, torch.bfloat16, types=False, table=False, out=torch.float32)))
 
 
@@ -131,6 +136,11 @@ def test_a_position_outside_its_table():
     ):
         with pytest.raises(IndexError, match=message):
             op.embedding(**{**args, "position_offset": offset})
+    for value in (POSITIONS, -1):
+        positions = torch.zeros(2, 50, dtype=torch.int32)
+        positions[1, 40] = value
+        with pytest.raises(IndexError, match=f"position at row 1, column 40 is {value}"):
+            op.embedding(**{**args, "position_ids": positions})
 
 
 @pytest.mark.parametrize(
@@ -140,6 +150,9 @@ def test_a_position_outside_its_table():
         ({"token_type_ids": torch.zeros(2, 4, dtype=torch.int64)}, "token_type_ids has shape"),
         ({"indices": torch.zeros(3, dtype=torch.int64)}, "indices"),
         ({"indices": torch.zeros(3, 1, dtype=torch.int32)}, "indices has shape"),
+        ({"position_ids": torch.zeros(2, 5, dtype=torch.int64)}, "position_ids is"),
+        ({"position_ids": torch.zeros(5, 2, dtype=torch.int32)}, "position_ids is"),
+        ({"position_ids": torch.zeros(5, 2, dtype=torch.int32).t()}, "position_ids is"),
         ({"word": torch.zeros(VOCAB, 20, dtype=torch.float64)}, "word has dtype"),
         ({"word": torch.zeros(20, VOCAB).t()}, "word has strides"),
         ({"position": torch.zeros(POSITIONS, 19)}, "position has rows of 19"),

@@ -158,3 +158,47 @@ def test_bad_arguments_are_named(library):
     ):
         with pytest.raises(ValueError, match=message):
             packed(**{"x": x, "residual": residual, **change})
+
+
+@pytest.mark.parametrize("out_dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(("rows", "outputs"), [(1, 1), (7, 130), (1100, 50)])
+def test_scatter_puts_each_row_where_it_belongs_and_nothing_else(rows, outputs, library, dtype, out_dtype):
+    x, weight, bias, _ = case(rows, 40, outputs, dtype)
+    packed = library(weight, bias, dtype)
+    order = torch.randperm(2 * rows, generator=torch.Generator().manual_seed(1))[:rows].int()
+    out = torch.full((2 * rows, outputs), 77.0, dtype=out_dtype)
+    packed.scatter(x, order, out)
+    expected = torch.full((2 * rows, outputs), 77.0, dtype=out_dtype)
+    expected[order.long()] = packed(x).to(out_dtype)
+    if library is FallbackLinear:  # its rows' bits depend on how many there are
+        torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2 if dtype is torch.bfloat16 else 1e-5)
+    else:
+        assert torch.equal(out, expected)
+
+
+def test_scatter_on_each_instruction_set(isa):
+    x, weight, bias, _ = case(9, 33, 70, torch.float32)
+    packed = compiled.NativeLinear(weight, bias, torch.float32)
+    rows, out = torch.tensor([8, 0, 11, 3, 4, 10, 1, 6, 5], dtype=torch.int32), torch.zeros(12, 70)
+    packed.scatter(x, rows, out)
+    assert torch.equal(out[rows.long()], packed(x)) and not out[[2, 7, 9]].any()
+
+
+def test_scatter_refuses_rows_that_are_not_there():
+    x, weight, bias, _ = case(3, 20, 8, torch.float32)
+    packed = compiled.NativeLinear(weight, bias, torch.float32)
+    out = torch.zeros(4, 8)
+    for bad in (4, -1):
+        with pytest.raises(IndexError, match=rf"rows\[1\] is {bad}; out has 4 rows"):
+            packed.scatter(x, torch.tensor([0, bad, 1], dtype=torch.int32), out)
+        assert not out.any(), "nothing is written"
+    for rows, wrong, message in (
+        (torch.tensor([0, 1]), out, "rows"),
+        (torch.tensor([0, 1, 2]), out, "rows"),
+        (torch.tensor([0, 1, 2], dtype=torch.int32), torch.zeros(4, 9), "out is"),
+        (torch.tensor([0, 1, 2], dtype=torch.int32), torch.zeros(8, 4).t(), "out is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            packed.scatter(x, rows, wrong)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from clinfast.backends import torch as torch_backend
 from clinfast.backends.cpu import native
 from clinfast.backends.cpu.packing import pack as compiled_pack
+from clinfast.backends.cpu.packing import position_ids as compiled_position_ids
 from clinfast.backends.cpu.packing import unpack as compiled_unpack
 from clinfast.ops import packing as op
 
@@ -186,7 +187,48 @@ def test_unpack_refuses_an_index_outside(backend, bad):
         backend(packed, torch.tensor([1, bad, 2], dtype=torch.int32), 12, torch.float32)
 
 
+@any_isa
+@given(
+    batch=st.integers(0, 5),
+    seqlen=st.integers(0, 40),
+    padding_idx=st.integers(0, 3),
+    wide=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
+    seed=st.integers(0, 99),
+)
+def test_position_ids_of_any_batch(isa, batch, seqlen, padding_idx, wide, layout, seed):
+    ids = torch.randint(0, 4, (batch, seqlen), generator=torch.Generator().manual_seed(seed))
+    ids = laid_out(ids if wide else ids.int(), layout, 1)
+    expected = op.position_ids_reference(ids, padding_idx)
+    for backend in (compiled_position_ids, torch_backend.position_ids):
+        ours = backend(ids, padding_idx)
+        assert ours.dtype is torch.int32 and torch.equal(ours, expected)
+
+
+def test_position_ids_are_robertas():
+    from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
+
+    ids = torch.tensor([[0, 5, 1, 6, 2, 1, 1], [1, 1, 0, 9, 9, 2, 1]])
+    theirs = RobertaEmbeddings.create_position_ids_from_input_ids(ids, 1)
+    assert torch.equal(op.position_ids(ids, 1), theirs.int())
+
+
+@pytest.mark.parametrize(
+    ("ids", "padding_idx", "message"),
+    [
+        (torch.zeros(2, 3), 1, "input_ids has dtype"),
+        (torch.zeros(6, dtype=torch.int64), 1, "input_ids has shape"),
+        (torch.zeros(2, 3, dtype=torch.int64), -1, "padding_idx is -1"),
+        (torch.zeros(2, 3, dtype=torch.int64), 2**31 - 1, "padding_idx is 2147483647"),
+    ],
+)
+def test_position_ids_names_bad_arguments(ids, padding_idx, message):
+    with pytest.raises(ValueError, match=message):
+        op.position_ids(ids, padding_idx)
+
+
 def test_opcheck():
+    opcheck("position_ids", (torch.tensor([[0, 5, 1], [1, 1, 7]]), 1))
     ids = torch.zeros(3, 5, dtype=torch.int64)
     opcheck("pack", (ids, ids, None, VOCAB, TYPES))
     opcheck("pack", (ids.int(), None, ids, VOCAB, TYPES, True))

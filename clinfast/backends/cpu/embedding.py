@@ -31,6 +31,7 @@ def embedding(
     input_ids: Tensor,
     token_type_ids: Tensor | None,
     indices: Tensor,
+    position_ids: Tensor | None,
     word: Tensor,
     position: Tensor,
     token_type: Tensor | None,
@@ -70,17 +71,27 @@ def embedding(
         raise ValueError(f"embedding: indices has shape {list(indices.shape)}; it must have one dimension")
     tokens = indices.shape[0]
     check_vector("embedding", "indices", indices, tokens, torch.int32)
+    if position_ids is not None and not (
+        position_ids.shape == input_ids.shape
+        and position_ids.dtype is torch.int32
+        and position_ids.is_contiguous()
+        and position_ids.is_cpu
+    ):
+        raise ValueError(
+            f"embedding: position_ids is {list(position_ids.shape)} {position_ids.dtype} on {position_ids.device}; it "
+            f"must be contiguous int32 on the CPU, of the shape of input_ids, {list(input_ids.shape)}"
+        )
     ids_row, ids_column = input_ids.stride()
     out = torch.empty(tokens, hidden, dtype=dtype)
     bad = kernels().embedding(
         input_ids.data_ptr(), address(token_type_ids), ids_row, ids_column, types_row, types_column,
-        ids_bytes, types_bytes, indices.data_ptr(), seqlen, tokens, hidden, position_offset, word.data_ptr(),
-        position.data_ptr(), types_address, word.stride()[0], position.stride()[0], type_stride,
+        ids_bytes, types_bytes, indices.data_ptr(), address(position_ids), seqlen, tokens, hidden,
+        position_offset, word.data_ptr(), position.data_ptr(), types_address, word.stride()[0], position.stride()[0], type_stride,
         weight.data_ptr(), shift.data_ptr(), out.data_ptr(), hidden, eps, table_dtype, out_dtype,
         torch.get_num_threads(), batch, vocab_size, position.shape[0], type_vocab_size,
     )  # fmt: skip
     if bad >= 0:
-        _refuse(bad, input_ids, token_type_ids, indices, word, position, token_type, position_offset)
+        _refuse(bad, input_ids, token_type_ids, indices, position_ids, word, position, token_type, position_offset)
     return out
 
 
@@ -89,6 +100,7 @@ def _refuse(
     input_ids: Tensor,
     token_type_ids: Tensor | None,
     indices: Tensor,
+    position_ids: Tensor | None,
     word: Tensor,
     position: Tensor,
     token_type: Tensor | None,
@@ -102,7 +114,8 @@ def _refuse(
     if token_type is not None:
         type_id = 0 if token_type_ids is None else int(token_type_ids[row, column])
         looked_up.append(("token_type_ids", type_id, "token_type", token_type))
-    looked_up.append(("the position", column + position_offset, "position", position))
+    at = column + position_offset if position_ids is None else int(position_ids[row, column])
+    looked_up.append(("the position", at, "position", position))
     for source, value, name, table in looked_up:
         if not 0 <= value < table.shape[0]:
             raise IndexError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clinfast.backends.cpu import native
-from clinfast.backends.torch import FallbackLinear, linear
+from clinfast.backends.torch import FallbackLinear, linear, scatter_in_blocks
 from clinfast.ops.linear import ACTIVATIONS
 
 # Activation -> oneDNN post-op and its algorithm, in the terms of torch's pointwise linear.
@@ -52,6 +52,9 @@ class _Packed:
         if activation not in POST_OPS:
             raise ValueError(f"linear: activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
 
+    def scatter(self, x: Tensor, rows: Tensor, out: Tensor) -> None:
+        scatter_in_blocks(self, x, rows, out)  # type: ignore[arg-type]
+
 
 class NativeLinear(_Packed):
     """Our own multiplication (csrc/cpu/linear.cpp); a row's bits never depend on the rows beside it."""
@@ -77,14 +80,33 @@ class NativeLinear(_Packed):
 
     def __call__(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         self._check(x, activation, residual)
-        rows, outputs = x.shape[0], self.out_features
-        out = torch.empty((rows, outputs), dtype=self.dtype)
+        out = torch.empty((x.shape[0], self.out_features), dtype=self.dtype)
+        self._multiply(x, activation, residual, out, None)
+        return out
+
+    def scatter(self, x: Tensor, rows: Tensor, out: Tensor) -> None:
+        if out.dtype is not self.dtype:
+            super().scatter(x, rows, out)
+            return
+        self._check(x, "none", None)
+        if out.ndim != 2 or out.shape[1] != self.out_features or not out.is_contiguous():
+            raise ValueError(
+                f"linear: out is {list(out.shape)} with strides {out.stride()}; it must be contiguous rows of "
+                f"{self.out_features}"
+            )
+        native.check_vector("linear", "rows", rows, x.shape[0], torch.int32)
+        self._multiply(x, "none", None, out, rows)
+
+    def _multiply(
+        self, x: Tensor, activation: str, residual: Tensor | None, out: Tensor, out_rows: Tensor | None
+    ) -> None:
+        outputs = self.out_features
         native.kernels().linear(
             x.data_ptr(), self.weight.data_ptr(), native.address(self.bias), native.address(residual),
-            out.data_ptr(), x.stride(0), 0 if residual is None else residual.stride(0), outputs, rows,
-            self.in_features, outputs, ACTIVATIONS.index(activation), self._code, self._table, torch.get_num_threads(),
+            out.data_ptr(), native.address(out_rows), out.shape[0], x.stride(0),
+            0 if residual is None else residual.stride(0), outputs, x.shape[0], self.in_features, outputs,
+            ACTIVATIONS.index(activation), self._code, self._table, torch.get_num_threads(),
         )  # fmt: skip
-        return out
 
 
 class OneDnnLinear(_Packed):

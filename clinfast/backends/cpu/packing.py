@@ -108,4 +108,17 @@ def unpack(packed: Tensor, indices: Tensor, positions: int, dtype: torch.dtype) 
     return padded
 
 
-IMPLEMENTATIONS = {"pack": pack, "unpack": unpack}
+def position_ids(input_ids: Tensor, padding_idx: int) -> Tensor:
+    itemsize = check_ids("position_ids", "input_ids", input_ids)
+    batch, seqlen = input_ids.shape
+    if not 0 <= padding_idx <= INT32_MAX - seqlen:
+        raise ValueError(f"position_ids: padding_idx is {padding_idx}; it must not be negative, nor overflow int32")
+    out = torch.empty(batch, seqlen, dtype=torch.int32)
+    row_stride, column_stride = input_ids.stride()
+    kernels().position_ids(
+        input_ids.data_ptr(), row_stride, column_stride, itemsize, batch, seqlen, padding_idx, out.data_ptr()
+    )
+    return out
+
+
+IMPLEMENTATIONS = {"pack": pack, "position_ids": position_ids, "unpack": unpack}

@@ -22,6 +22,7 @@ class EagerExecutor:
         self.attention = registry.implementation("attention", backend)
         self.layer_norm = registry.implementation("layer_norm", backend)
         self.unpack = registry.implementation("unpack", backend)
+        self.position_ids = registry.implementation("position_ids", backend)
         self.pooling = registry.implementation("pooling", backend)
 
     def all_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
@@ -39,10 +40,16 @@ class EagerExecutor:
         return self.pooling(x, batch.cu_seqlens, "first_token")
 
     def _embed(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
-        return self.embedding(
-            request.input_ids, request.token_type_ids, batch.indices, weights.word, weights.position,
-            weights.token_type, *weights.embedding_norm, self.spec.eps, self.spec.position_offset, weights.dtype,
+        x: Tensor = self.embedding(
+            request.input_ids, request.token_type_ids, batch.indices, self._positions(request.input_ids), weights.word,
+            weights.position, weights.token_type, *weights.embedding_norm, self.spec.eps, self.spec.position_offset,
+            weights.dtype,
         )  # fmt: skip
+        return x if weights.embedding_projection is None else weights.embedding_projection(x)
+
+    def _positions(self, input_ids: Tensor) -> Tensor | None:
+        padding_idx = self.spec.position_padding_idx
+        return None if padding_idx is None else self.position_ids(input_ids, padding_idx)
 
     def _whole_layers(self, weights: PackedWeights, x: Tensor, batch: PackedBatch) -> Tensor:
         for layer in weights.layers:

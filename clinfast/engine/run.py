@@ -1,0 +1,120 @@
+"""One request from padded inputs to padded outputs: packing, the executor's layers, the branches of the head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clinfast.engine.executors import EagerExecutor
+from clinfast.engine.outputs import lazy_zeros
+from clinfast.engine.packing import PackedBatch, pack, rows_of
+from clinfast.engine.spec import Branch, EncoderOutput, HeadSpec, Request
+from clinfast.engine.weights import PackedDense, PackedWeights
+from clinfast.ops import registry
+
+# From this many outputs on, logits go from the multiplication to their padded rows without a packed copy.
+SCATTERED_OUTPUTS = 1024
+
+
+def run(
+    executor: EagerExecutor,
+    weights: PackedWeights,
+    head: HeadSpec,
+    request: Request,
+    padding: str,
+    dtype: torch.dtype,
+    *,
+    column_zero: bool = False,
+) -> EncoderOutput:
+    """Compute the request; results in `dtype`.
+
+    Args:
+        padding: `"remove"`, or `"keep"` to compute padded positions too.
+        column_zero: read column 0 for first tokens as stock does, be it padding or not. A call that finds it masked
+            is refused otherwise, and this one computes every position.
+    """
+    batch = pack(
+        request,
+        executor.spec,
+        keep_padding=column_zero or padding == "keep",
+        first_token=head.reads_first_token and not column_zero,
+        backend=executor.backend,
+    )
+    if not batch.tokens:
+        return _no_tokens(executor.spec.hidden_size, head, batch, request, dtype)
+    if head.only_first_tokens and not column_zero:
+        x = first = executor.first_hidden_states(weights, request, batch)
+    else:
+        x = executor.all_hidden_states(weights, request, batch)
+        first = x
+        if column_zero:
+            first = _unpack(executor, x, batch, x.dtype)[:, 0].contiguous()
+        elif head.reads_first_token:
+            first = executor.first_token(x, batch)
+    hidden = _unpack(executor, x, batch, dtype) if head.hidden_states else None
+    results = []
+    for branch, layers in zip(head.branches, weights.branches, strict=True):
+        if branch.rows == "first_token":
+            results.append(_dense(executor, branch, layers, first).to(dtype))
+        elif branch.selectable and request.positions is not None:
+            rows = rows_of(request.positions, batch)
+            results.append(_dense(executor, branch, layers, x[rows]).to(dtype))
+        else:
+            results.append(_per_token(executor, branch, layers, x, batch, dtype))
+    return EncoderOutput(hidden, tuple(results))
+
+
+def _dense(executor: EagerExecutor, branch: Branch, layers: tuple[PackedDense, ...], x: Tensor) -> Tensor:
+    for dense, (linear, norm) in zip(branch.layers, layers, strict=False):
+        x = linear(x, dense.activation)
+        if norm is not None:
+            assert dense.eps is not None
+            x = executor.layer_norm(x, None, *norm, dense.eps)
+    return x
+
+
+def _per_token(
+    executor: EagerExecutor,
+    branch: Branch,
+    layers: tuple[PackedDense, ...],
+    x: Tensor,
+    batch: PackedBatch,
+    dtype: torch.dtype,
+) -> Tensor:
+    last, outputs = branch.layers[-1], branch.out_features
+    shape = (batch.batch, batch.seqlen, outputs)
+    if outputs >= SCATTERED_OUTPUTS and last.activation == "none" and last.eps is None and branch.pads == "zero":
+        x = _dense(executor, branch, layers[:-1], x)
+        out = lazy_zeros((batch.batch * batch.seqlen, outputs), dtype)
+        layers[-1].linear.scatter(x, batch.indices, out)
+        return out.view(shape)
+    x = _dense(executor, branch, layers, x)
+    if branch.pads == "zero":
+        return _unpack(executor, x, batch, dtype)
+    padded = _pads(branch, (batch.batch * batch.seqlen, outputs), dtype)
+    return padded.index_copy_(0, batch.indices.long(), x.to(dtype)).view(shape)
+
+
+def _no_tokens(
+    hidden_size: int, head: HeadSpec, batch: PackedBatch, request: Request, dtype: torch.dtype
+) -> EncoderOutput:
+    """A batch that is all padding, under a head that does not read the first token."""
+    results = []
+    for branch in head.branches:
+        shape: tuple[int, ...] = (batch.batch, batch.seqlen)
+        if branch.selectable and request.positions is not None:
+            shape = (len(rows_of(request.positions, batch)),)
+        results.append(_pads(branch, (*shape, branch.out_features), dtype))
+    hidden = torch.zeros((batch.batch, batch.seqlen, hidden_size), dtype=dtype) if head.hidden_states else None
+    return EncoderOutput(hidden, tuple(results))
+
+
+def _pads(branch: Branch, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, 0.0 if branch.pads == "zero" else torch.finfo(dtype).min, dtype=dtype)
+
+
+def _unpack(executor: EagerExecutor, packed: Tensor, batch: PackedBatch, dtype: torch.dtype) -> Tensor:
+    """[T, N] to [B, S, N] with zeros at padded positions."""
+    kernel_dtype = dtype if dtype in registry.KERNEL_DTYPES else torch.float32
+    padded = executor.unpack(packed, batch.indices, batch.batch * batch.seqlen, kernel_dtype)
+    return padded.view(batch.batch, batch.seqlen, packed.shape[1]).to(dtype)

@@ -1,0 +1,122 @@
+"""Collects what an adapter reads off a live model: weights by canonical name, constants, layers that must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clinfast.engine.spec import Activation, Dense, EncoderSpec, HeadActivation, Match, ParameterRef, Unsupported
+from clinfast.models import checks
+from clinfast.models.activations import activation
+from clinfast.models.heads import Head
+
+
+class Family(NamedTuple):
+    """One Hugging Face architecture among those that share an adapter.
+
+    Args:
+        name: as in `EncoderSpec.family`.
+        home: the Python module of its classes.
+        prefix: what its class names start with.
+        base: where a model with a head holds the base model.
+        read: `read(base_model, path_prefix, family)` reads the encoder.
+    """
+
+    name: str
+    home: str
+    prefix: str
+    base: str
+    read: Callable[[Any, str, Family], Reader]
+
+    def check(self, module: Any, path: str, *names: str) -> Any:
+        """`module`, whose class must be one of `names` after the prefix."""
+        return checks.named(module, path, self.home, *(self.prefix + name for name in names))
+
+    def base_of(self, model: Any) -> Reader:
+        """The encoder under a head."""
+        base = self.check(getattr(model, self.base), self.base, "Model")
+        return self.read(base, f"{self.base}.", self)
+
+
+class Reader:
+    """One encoder while it is read; `spec` is what came out."""
+
+    spec: EncoderSpec
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.parameters: dict[str, ParameterRef] = {}
+        self.constants: list[tuple[nn.Module, str]] = []
+
+    def at(self, path: str) -> str:
+        return f"{self.prefix}{path}"
+
+    def match(self, head: Head) -> Match:
+        return Match(self.spec, head.spec, self.parameters, head.build, head.per_token, tuple(self.constants))
+
+    def constant(self, module: nn.Module, *names: str) -> None:
+        """Attributes that the guard compares at every call; those that submodules hold are compared anyway."""
+        self.constants += [(module, name) for name in names if name in module.__dict__]
+
+    def linear(self, canonical: str, module: Any, path: str, inputs: int, outputs: int) -> None:
+        self._add(canonical, checks.linear(module, path, inputs, outputs))
+
+    def norm(self, canonical: str, module: Any, path: str, size: int, eps: float | None = None) -> float:
+        """Its epsilon."""
+        norm = checks.layer_norm(module, path, size, eps)
+        self._add(canonical, norm)
+        self.constant(norm, "eps")
+        return norm.eps
+
+    def table(self, canonical: str, module: Any, path: str, size: int) -> Tensor:
+        table = checks.embedding(module, path, size)
+        self._add(canonical, table, bias=False)
+        return table.weight
+
+    def activation(self, owner: nn.Module, path: str, name: str) -> Activation:
+        self.constant(owner, name)
+        return activation(getattr(owner, name), f"{path}.{name}")
+
+    def dense(
+        self, name: str, module: Any, path: str, inputs: int, *, activation: HeadActivation = "none", norm: Any = None
+    ) -> Dense:
+        """A dense layer of the head, with a LayerNorm behind it where `norm` is one: its path and module."""
+        checks.exact(module, path, nn.Linear)
+        outputs = module.out_features
+        self.linear(name, module, path, inputs, outputs)
+        eps = None if norm is None else self.norm(f"{name}.norm", norm[1], norm[0], outputs)
+        return Dense(name, inputs, outputs, activation, eps)
+
+    def same_layers(self, layers: list[dict[str, Any]], path: str) -> dict[str, Any]:
+        """What all layers have in common, which must be everything."""
+        for i, layer in enumerate(layers):
+            for field, value in layer.items():
+                if value != layers[0][field]:
+                    raise Unsupported(f"{path}.{i} has {field} {value} but layer 0 has {layers[0][field]}")
+        return layers[0]
+
+    def default_ids(self, embeddings: Any, path: str, max_positions: int) -> None:
+        """The buffers used for absent `position_ids` and `token_type_ids` hold what they are made with."""
+        for name, expected in (
+            ("position_ids", torch.arange(max_positions)),
+            ("token_type_ids", torch.zeros(max_positions, dtype=torch.long)),
+        ):
+            buffer = getattr(embeddings, name, None)
+            if buffer is not None and not torch.equal(buffer.detach().cpu().flatten(), expected):
+                raise Unsupported(f"the buffer {path}.{name} does not hold its default values")
+
+    def heads(self, attention: Any, path: str, num_heads: int, head_dim: int, hidden: int) -> dict[str, Any]:
+        if num_heads * head_dim != hidden:
+            raise Unsupported(
+                f"{path} has {num_heads} heads of {head_dim}, which does not make hidden_size {hidden}; "
+                "pruned heads are not served"
+            )
+        scale = getattr(attention, "scaling", head_dim**-0.5)
+        return {"num_heads": num_heads, "head_dim": head_dim, "scale": scale}
+
+    def _add(self, canonical: str, module: nn.Module, *, bias: bool = True) -> None:
+        for name in ("weight", "bias") if bias else ("weight",):
+            self.parameters[f"{canonical}.{name}"] = ParameterRef(module, name)
