@@ -13,7 +13,6 @@ from transformers.activations import ACT2FN
 
 from clinfast import models
 from clinfast.engine.spec import Branch, Dense, EncoderOutput, EncoderSpec, HeadSpec, Request, Unsupported
-from clinfast.models import activations
 
 SPEC = {
     "family": "bert",

@@ -12,14 +12,15 @@ from clinfast.ops import embedding as op
 VOCAB, POSITIONS, TYPES, EPS = 40, 64, 2, 1e-12
 DTYPES = [torch.float32, torch.bfloat16]
 NAMES = (
-    "input_ids", "token_type_ids", "indices", "position_ids", "word", "position", "token_type", "weight", "shift", "eps",
-    "position_offset", "dtype",
+    "input_ids", "token_type_ids", "indices", "position_ids", "word", "position", "token_type", "weight", "shift",
+    "eps", "position_offset", "dtype",
 )  # fmt: skip
 
 
 def case(
-    batch, seqlen, hidden, dtype=torch.float32, types=True, table=True, offset=0, keep=0.7, seed=0, out=None, given=False
-):
+    batch, seqlen, hidden, dtype=torch.float32, types=True, table=True, offset=0, keep=0.7, seed=0, out=None,
+    placed=False,
+):  # fmt: skip
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCAB, (batch, seqlen), generator=g)
     type_ids = torch.randint(0, TYPES, (batch, seqlen), generator=g) if types else None
@@ -29,7 +30,7 @@ def case(
     )
     weight, shift = torch.randn(hidden, generator=g), torch.randn(hidden, generator=g)
     token_type = token_type if table else None
-    positions = torch.randint(0, POSITIONS, (batch, seqlen), generator=g, dtype=torch.int32) if given else None
+    positions = torch.randint(0, POSITIONS, (batch, seqlen), generator=g, dtype=torch.int32) if placed else None
     return [ids, type_ids, indices, positions, word, position, token_type, weight, shift, EPS, offset, out or dtype]
 
 
@@ -42,8 +43,8 @@ def stock_and_exact(args):
 @pytest.mark.parametrize("out_dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "seqlen", "hidden"), [(1, 1, 1), (2, 7, 33), (3, 50, 384), (1, 60, 1023)])
 def test_matches_reference(isa, batch, seqlen, hidden, table_dtype, out_dtype):
-    for types, table, given in ((True, True, False), (False, True, True), (True, False, False), (False, False, True)):
-        args = case(batch, seqlen, hidden, table_dtype, types, table, keep=1, out=out_dtype, given=given)
+    for types, table, placed in ((True, True, False), (False, True, True), (True, False, False), (False, False, True)):
+        args = case(batch, seqlen, hidden, table_dtype, types, table, keep=1, out=out_dtype, placed=placed)
         for backend in (compiled, torch_backend.embedding):
             ours = backend(*args)
             assert ours.dtype == out_dtype
@@ -59,11 +60,11 @@ def test_matches_reference(isa, batch, seqlen, hidden, table_dtype, out_dtype):
     narrow=st.booleans(),
     transposed=st.booleans(),
     offset=st.integers(0, POSITIONS - 30),
-    given=st.booleans(),
+    placed=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_batch_from_offset_views(isa, batch, seqlen, hidden, dtype, narrow, transposed, offset, given, seed):
-    args = case(batch, seqlen, hidden, dtype, offset=offset, given=given, seed=seed)
+def test_any_batch_from_offset_views(isa, batch, seqlen, hidden, dtype, narrow, transposed, offset, placed, seed):
+    args = case(batch, seqlen, hidden, dtype, offset=offset, placed=placed, seed=seed)
     views = list(args)
     for i in (4, 5, 6):
         views[i] = offset_view(args[i])
@@ -105,7 +106,7 @@ def test_writes_nothing_outside_the_result(isa):
 
 def test_opcheck():
     opcheck("embedding", tuple(case(2, 5, 20)))
-    opcheck("embedding", tuple(case(2, 5, 20, given=True)))
+    opcheck("embedding", tuple(case(2, 5, 20, placed=True)))
     opcheck("embedding", tuple(case(2, 5, 20, torch.bfloat16, types=False, table=False, out=torch.float32)))
 
 

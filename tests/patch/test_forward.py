@@ -7,7 +7,7 @@ import torch
 from bert_models import HEADS, assert_equal, make, run
 from patched_models import INPUTS, Pair, close
 from torch import nn
-from transformers import BertModel
+from transformers import BertLMHeadModel, BertModel
 
 import clinfast
 from clinfast import models, patch
@@ -30,12 +30,14 @@ class Tagger(nn.Module):
         return {"logits": self.out(a + b)}
 
 
-PATHS = {"base": [""], "no-pooler": [""], "sequence": [""], "token": [""], "qa": ["bert"], "mlm": ["bert"]}
-
-
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [*HEADS, "choice"])
 def test_the_outermost_known_module_is_found(head):
-    assert [unit.path for unit in patch.find_units(make(head))] == PATHS[head]
+    assert [unit.path for unit in patch.find_units(make(head))] == [""]
+
+
+def test_under_a_head_that_is_not_known_the_base_model_is_found():
+    model = BertLMHeadModel(make().config)
+    assert [unit.path for unit in patch.find_units(model)] == ["bert"]
 
 
 def test_a_custom_module_and_two_encoders():
@@ -95,7 +97,7 @@ def test_bind_and_unbind():
     assert patch.patched(model) is None and not patch.unbind(model)
     forward = bound(model)
     assert patch.patched(model) is forward is model.forward
-    assert forward.match.head.kind == "none" and forward.encoder.spec.num_layers == 2
+    assert forward.match.head.name == "base" and forward.encoder.spec.num_layers == 2
     assert patch.unbind(model) and not patch.unbind(model)
     assert model.__dict__ == before
 

@@ -86,8 +86,9 @@ def embedding(
     bad = kernels().embedding(
         input_ids.data_ptr(), address(token_type_ids), ids_row, ids_column, types_row, types_column,
         ids_bytes, types_bytes, indices.data_ptr(), address(position_ids), seqlen, tokens, hidden,
-        position_offset, word.data_ptr(), position.data_ptr(), types_address, word.stride()[0], position.stride()[0], type_stride,
-        weight.data_ptr(), shift.data_ptr(), out.data_ptr(), hidden, eps, table_dtype, out_dtype,
+        position_offset, word.data_ptr(), position.data_ptr(), types_address, word.stride()[0],
+        position.stride()[0], type_stride, weight.data_ptr(), shift.data_ptr(), out.data_ptr(), hidden, eps,
+        table_dtype, out_dtype,
         torch.get_num_threads(), batch, vocab_size, position.shape[0], type_vocab_size,
     )  # fmt: skip
     if bad >= 0:
