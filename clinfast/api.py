@@ -42,7 +42,7 @@ class Options:
     weights: str
 
     def __post_init__(self) -> None:
-        registry.order(self.backend)
+        registry.check_backend(self.backend)
         if self.padding not in ("remove", "keep"):
             raise ValueError(f"padding={self.padding!r} is unknown; choose 'remove' or 'keep'")
         if self.weights == "release":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from clinfast.engine.spec import EncoderSpec, NotServed, Request
-from clinfast.ops import registry
 
 
 class PackedBatch(NamedTuple):
@@ -28,9 +28,9 @@ class PackedBatch(NamedTuple):
 
 
 def pack(
-    request: Request, spec: EncoderSpec, *, keep_padding: bool, first_token: bool, backend: str
+    request: Request, spec: EncoderSpec, op: Callable[..., Any], *, keep_padding: bool, first_token: bool
 ) -> PackedBatch:
-    """Pack the request's real tokens.
+    """Pack the request's real tokens by the op `pack` of a backend. Reading its facts is the one transfer to the host.
 
     Raises:
         IndexError: an id or a token type out of range (stock's class for it).
@@ -39,7 +39,7 @@ def pack(
     input_ids, mask, token_type_ids = request[:3]
     batch, seqlen = input_ids.shape
     types = spec.type_vocab_size if token_type_ids is not None else 0
-    cu_seqlens, indices, seqused_k, facts = registry.implementation("pack", backend)(
+    cu_seqlens, indices, seqused_k, facts = op(
         input_ids, mask, token_type_ids, spec.vocab_size, types, keep_padding
     )
     tokens, max_seqlen, _, bad_id_at, bad_type_at, first_masked_note = facts.tolist()
@@ -63,8 +63,8 @@ def out_of_range(name: str, values: Tensor, at: int, size: int, table: str, fiel
     )
 
 
-def one_row_a_note(batch: int) -> Tensor:
-    return torch.arange(batch + 1, dtype=torch.int32)
+def one_row_a_note(batch: int, device: torch.device) -> Tensor:
+    return torch.arange(batch + 1, dtype=torch.int32, device=device)
 
 
 def rows_of(positions: Tensor, batch: PackedBatch) -> Tensor:
@@ -73,8 +73,8 @@ def rows_of(positions: Tensor, batch: PackedBatch) -> Tensor:
     Raises:
         ValueError: a padded position is among them.
     """
-    row_at = torch.full((batch.batch * batch.seqlen,), -1, dtype=torch.long)
-    row_at[batch.indices.long()] = torch.arange(batch.tokens)
+    row_at = torch.full((batch.batch * batch.seqlen,), -1, dtype=torch.long, device=positions.device)
+    row_at[batch.indices.long()] = torch.arange(batch.tokens, device=positions.device)
     chosen = positions.reshape(-1).nonzero().view(-1)
     rows = row_at[chosen]
     if (rows < 0).any():

@@ -36,9 +36,9 @@ def run(
     batch = pack(
         request,
         executor.spec,
+        executor.pack,
         keep_padding=column_zero or padding == "keep",
         first_token=head.reads_first_token and not column_zero,
-        backend=executor.backend,
     )
     if not batch.tokens:
         return _no_tokens(executor.spec.hidden_size, head, batch, request, dtype)
@@ -85,13 +85,13 @@ def _per_token(
     shape = (batch.batch, batch.seqlen, outputs)
     if outputs >= SCATTERED_OUTPUTS and last.activation == "none" and last.eps is None and branch.pads == "zero":
         x = _dense(executor, branch, layers[:-1], x)
-        out = lazy_zeros((batch.batch * batch.seqlen, outputs), dtype)
+        out = lazy_zeros((batch.batch * batch.seqlen, outputs), dtype, x.device)
         layers[-1].linear.scatter(x, batch.indices, out)
         return out.view(shape)
     x = _dense(executor, branch, layers, x)
     if branch.pads == "zero":
         return _unpack(executor, x, batch, dtype)
-    padded = _pads(branch, (batch.batch * batch.seqlen, outputs), dtype)
+    padded = _pads(branch, (batch.batch * batch.seqlen, outputs), dtype, x.device)
     return padded.index_copy_(0, batch.indices.long(), x.to(dtype)).view(shape)
 
 
@@ -99,22 +99,23 @@ def _no_tokens(
     hidden_size: int, head: HeadSpec, batch: PackedBatch, request: Request, dtype: torch.dtype
 ) -> EncoderOutput:
     """A batch that is all padding, under a head that does not read the first token."""
+    device = request.input_ids.device
     results = []
     for branch in head.branches:
         shape: tuple[int, ...] = (batch.batch, batch.seqlen)
         if branch.selectable and request.positions is not None:
             shape = (len(rows_of(request.positions, batch)),)
-        results.append(_pads(branch, (*shape, branch.out_features), dtype))
-    hidden = torch.zeros((batch.batch, batch.seqlen, hidden_size), dtype=dtype) if head.hidden_states else None
-    return EncoderOutput(hidden, tuple(results))
+        results.append(_pads(branch, (*shape, branch.out_features), dtype, device))
+    shape = (batch.batch, batch.seqlen, hidden_size)
+    return EncoderOutput(torch.zeros(shape, dtype=dtype, device=device) if head.hidden_states else None, tuple(results))
 
 
-def _pads(branch: Branch, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.full(shape, 0.0 if branch.pads == "zero" else torch.finfo(dtype).min, dtype=dtype)
+def _pads(branch: Branch, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full(shape, 0.0 if branch.pads == "zero" else torch.finfo(dtype).min, dtype=dtype, device=device)
 
 
 def _unpack(executor: EagerExecutor, packed: Tensor, batch: PackedBatch, dtype: torch.dtype) -> Tensor:
     """[T, N] to [B, S, N] with zeros at padded positions."""
-    kernel_dtype = dtype if dtype in registry.KERNEL_DTYPES else torch.float32
+    kernel_dtype = dtype if dtype in registry.KERNEL_DTYPES[executor.device] else torch.float32
     padded = executor.unpack(packed, batch.indices, batch.batch * batch.seqlen, kernel_dtype)
     return padded.view(batch.batch, batch.seqlen, packed.shape[1]).to(dtype)

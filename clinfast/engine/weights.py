@@ -90,7 +90,7 @@ def pack_weights(
 
     def table(stem: str) -> Tensor:
         source = tensors[f"{stem}.weight"].detach()
-        if source.dtype in (torch.float32, torch.bfloat16) and source.stride(-1) == 1:
+        if source.dtype in registry.KERNEL_DTYPES[source.device.type] and source.stride(-1) == 1:
             return source
         copy = source.to(torch.float32).contiguous()
         copied.append(copy.nbytes)
@@ -122,7 +122,7 @@ def pack_weights(
         embedding_projection=linear("embedding.projection") if spec.projects_embedding else None,
         layers=tuple(whole),
         last=layers[-1] if len(whole) < len(layers) else None,
-        fused=_fuse(whole, backend),
+        fused=_fuse(whole, backend, tensors["embedding.word.weight"].device),
         branches=tuple(
             tuple(
                 PackedDense(linear(dense.name), None if dense.eps is None else norm(f"{dense.name}.norm"))
@@ -146,8 +146,8 @@ def _check(spec: EncoderSpec, head: HeadSpec, tensors: dict[str, Tensor]) -> Non
             raise Unsupported(f"the weight {name} is not of the model's one dtype and device any more")
 
 
-def _fuse(layers: list[PackedLayer], backend: str) -> Any:
-    make = registry.optional("encoder_layers", backend)
+def _fuse(layers: list[PackedLayer], backend: str, device: torch.device) -> Any:
+    make = registry.optional("encoder_layers", backend, device.type)
     parts = [
         (layer.qkv, layer.attention_output, layer.attention_norm, layer.ffn_in, layer.ffn_out, layer.output_norm)
         for layer in layers

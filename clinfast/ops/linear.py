@@ -94,4 +94,4 @@ class PackedLinear(Protocol):
 
 def prepack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str = "auto") -> PackedLinear:
     """Lay `weight` [out_features, in_features] out in `dtype` for the chosen backend. The source is copied."""
-    return registry.implementation("linear.prepack", backend)(weight, bias, dtype)
+    return registry.implementation("linear.prepack", backend, weight.device.type)(weight, bias, dtype)

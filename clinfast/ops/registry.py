@@ -19,8 +19,25 @@ import torch
 
 NAMESPACE = "clinfast"
 STEMS = ("packing", "embedding", "linear", "attention", "layer_norm", "gelu", "pooling")
-KERNEL_DTYPES = (torch.float32, torch.bfloat16)
-BACKENDS = {"cpu": "clinfast.backends.cpu", "torch": "clinfast.backends.torch"}
+# What kernels compute in, by type of device.
+KERNEL_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """`home` is its Python module; `devices` are the types of device whose tensors it takes."""
+
+    home: str
+    devices: tuple[str, ...]
+
+
+BACKENDS = {
+    "cpu": Backend("clinfast.backends.cpu", ("cpu",)),
+    "torch": Backend("clinfast.backends.torch", ("cpu", "cuda")),
+}
 
 library = torch.library.Library(NAMESPACE, "DEF")
 calls: collections.Counter[str] = collections.Counter()
@@ -54,7 +71,7 @@ def define(op: Op) -> Callable[..., Any]:
     library.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return implementation(op.name, "auto")(*args, **kwargs)
+        return implementation(op.name, "auto", _device_of(args, kwargs))(*args, **kwargs)
 
     for key in ("CPU", "CUDA"):
         library.impl(op.name, run, key)
@@ -74,21 +91,38 @@ def _no_gradient(name: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(torch.ops.clinfast, name)(*args, **kwargs)
 
 
-def order(backend: str) -> list[str]:
-    """Backends to try for the option `backend`, best first."""
-    if backend == "auto":
-        return list(BACKENDS)
-    if backend not in BACKENDS:
+def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+    return next((tensor.device.type for tensor in tensors), "cpu")
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError for an unknown one."""
+    if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose 'auto', " + ", ".join(map(repr, BACKENDS)))
+
+
+def order(backend: str, device: str) -> list[str]:
+    """Backends to try for the option `backend` on tensors of a `device` type, best first.
+
+    Raises:
+        ValueError: an unknown backend, or one that does not take tensors of that device.
+    """
+    if backend == "auto":
+        return [name for name, found in BACKENDS.items() if device in found.devices]
+    check_backend(backend)
+    if device not in BACKENDS[backend].devices:
+        served = ", ".join(map(repr, order("auto", device)))
+        raise ValueError(f"backend={backend!r} does not serve tensors on {device}; choose 'auto' or one of {served}")
     return [backend]
 
 
 @functools.cache
-def implementation(name: str, backend: str) -> Callable[..., Any]:
-    """The function that serves op `name`: the first backend in `order(backend)` that offers it."""
+def implementation(name: str, backend: str, device: str = "cpu") -> Callable[..., Any]:
+    """The function that serves op `name` on `device`: the first backend in `order` that offers it."""
     chosen = os.environ.get(f"CLINFAST_BACKEND_{name.partition('.')[0].upper()}", backend)
-    for candidate in order(chosen):
-        module = importlib.import_module(BACKENDS[candidate])
+    for candidate in order(chosen, device):
+        module = importlib.import_module(BACKENDS[candidate].home)
         found = module.implementations().get(name)
         if found is not None:
             return counted(f"{name}[{candidate}]", found)
@@ -97,11 +131,11 @@ def implementation(name: str, backend: str) -> Callable[..., Any]:
     )
 
 
-def optional(name: str, backend: str) -> Callable[..., Any] | None:
+def optional(name: str, backend: str, device: str = "cpu") -> Callable[..., Any] | None:
     """What the best backend offers under `name` beyond the ops, or None. An override of any op switches it off."""
     if any(os.environ.get(f"CLINFAST_BACKEND_{stem.upper()}") for stem in (*STEMS, *OPS, name)):
         return None
-    return importlib.import_module(BACKENDS[order(backend)[0]]).implementations().get(name)
+    return importlib.import_module(BACKENDS[order(backend, device)[0]].home).implementations().get(name)
 
 
 def counted(label: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,16 +14,15 @@ FFN_ROWS = 1024
 
 
 class EagerExecutor:
-    """Binds the ops of one backend to one spec."""
+    """Binds the ops of one backend, on one type of device, to one spec."""
 
-    def __init__(self, spec: EncoderSpec, backend: str) -> None:
-        self.spec, self.backend = spec, backend
-        self.embedding = registry.implementation("embedding", backend)
-        self.attention = registry.implementation("attention", backend)
-        self.layer_norm = registry.implementation("layer_norm", backend)
-        self.unpack = registry.implementation("unpack", backend)
-        self.position_ids = registry.implementation("position_ids", backend)
-        self.pooling = registry.implementation("pooling", backend)
+    def __init__(self, spec: EncoderSpec, backend: str, device: str = "cpu") -> None:
+        self.spec, self.backend, self.device = spec, backend, device
+        ops = ("pack", "position_ids", "embedding", "attention", "layer_norm", "unpack", "pooling")
+        found = [registry.implementation(name, backend, device) for name in ops]
+        (
+            self.pack, self.position_ids, self.embedding, self.attention, self.layer_norm, self.unpack, self.pooling,
+        ) = found  # fmt: skip
 
     def all_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
         """[T, H] for all packed tokens."""
@@ -72,7 +71,7 @@ class EagerExecutor:
         k, v = layer.key_value(x).view(x.shape[0], 2, spec.num_heads, spec.head_dim).unbind(1)
         first = self.first_token(x, batch)
         q = layer.query(first).view(-1, spec.num_heads, spec.head_dim)
-        rows = one_row_a_note(batch.batch)
+        rows = one_row_a_note(batch.batch, x.device)
         context = self.attention(q, k, v, rows, batch.cu_seqlens, batch.seqused_k, spec.scale)
         return self._after_attention(layer, context, first)
 
