@@ -33,7 +33,7 @@ def run(main: Callable[[], int]) -> int:
     name = Path(sys.argv[0]).name
     try:
         return main()
-    except Problem as problem:
+    except (Problem, clinfast.StrictError) as problem:
         print(f"{name}: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -83,8 +83,7 @@ def load_model(folder: Path, auto_class: str) -> nn.Module:
     """
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    _quiet()
     with _told(folder, "model"):
         factory = getattr(transformers, auto_class)
         model, loading = factory.from_pretrained(
@@ -97,6 +96,25 @@ def load_model(folder: Path, auto_class: str) -> nn.Module:
         )
     # Half precision is for GPUs; on a CPU it is slow and clinfast does not serve it.
     return (model.float() if model.dtype is torch.float16 else model).eval()
+
+
+def load_sentence_transformer(folder: Path) -> Any:
+    """The `SentenceTransformer` of `folder`, on the CPU; raises `Problem`."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as missing:
+        raise Problem(f"{folder} needs sentence-transformers; pip install sentence-transformers") from missing
+    _quiet()
+    with _told(folder, "model"):
+        model = SentenceTransformer(str(_model_folder(folder)), device="cpu", local_files_only=True).eval()
+    return model.float() if model.dtype is torch.float16 else model
+
+
+def _quiet() -> None:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _model_folder(folder: Path) -> Path:
@@ -179,7 +197,7 @@ def console() -> Any:
     try:
         from rich.console import Console
     except ImportError as missing:
-        raise Problem("the package rich is not installed; pip install rich (or clinfast[examples]) brings it") from missing
+        raise Problem("rich is not installed; pip install rich (or clinfast[examples]) brings it") from missing
     return Console(stderr=True, highlight=False)
 
 

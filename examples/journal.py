@@ -48,7 +48,7 @@ class Journal:
     """
 
     def __init__(
-        self, out: Path, settings: Record, key: Callable[[Record], Hashable], *, overwrite: bool, seed: bool
+        self, out: Path, settings: Record, key: Callable[[Record], Hashable], *, overwrite: bool, seed: bool = False
     ) -> None:
         self.out = out
         self._partial = out.with_name(f"{out.name}.partial")
