@@ -198,7 +198,7 @@ def console() -> Any:
         from rich.console import Console
     except ImportError as missing:
         raise Problem("rich is not installed; pip install rich (or clinfast[examples]) brings it") from missing
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def progress(console: Any, what: str) -> Any:

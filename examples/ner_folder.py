@@ -13,6 +13,7 @@ notes up. Exit status: 0; 1 where notes were skipped (each is told, with the rea
 from __future__ import annotations
 
 import argparse
+import codecs
 import collections
 import hashlib
 import sys
@@ -175,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = common.console()
     for name in options.encoding:
         try:
-            b"".decode(name)
+            codecs.lookup(name)
         except LookupError:
             raise Problem(f"--encoding {name} is not known to Python") from None
     files = find_notes(options.notes)

@@ -127,7 +127,7 @@ def find_spans(text: str, tokens: Iterable[Token], scheme: Scheme) -> list[Span]
     """The spans that `tokens` spell, without white space at their ends.
 
     A tag without its B- (or L-, E- without a beginning) still makes a span: a missing prefix is a commoner mistake of
-    models than a missing name.
+    models than a missing name. Characters that several tokens share, as bytes of one do, belong to the first of them.
     """
     spans: list[Span] = []
     run: list[Token] = []
@@ -135,7 +135,7 @@ def find_spans(text: str, tokens: Iterable[Token], scheme: Scheme) -> list[Span]
 
     def close() -> None:
         if run and open_tag is not None:
-            start, end = run[0].start, max(token.end for token in run)
+            start, end = run[0].start, run[-1].end
             piece = text[start:end]
             start += len(piece) - len(piece.lstrip())
             end = start + len(piece.strip())
@@ -143,9 +143,12 @@ def find_spans(text: str, tokens: Iterable[Token], scheme: Scheme) -> list[Span]
                 spans.append(Span(start, end, open_tag, math.fsum(token.score for token in run) / len(run)))
         run.clear()
 
+    reached = 0
     for token in tokens:
-        if token.start == token.end:
+        if token.end <= max(token.start, reached):
             continue
+        token = token._replace(start=max(token.start, reached))
+        reached = token.end
         prefix, tag = scheme.parse(token.label)
         if tag != open_tag or prefix in BEGINS:
             close()

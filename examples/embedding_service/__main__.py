@@ -19,10 +19,10 @@ import os
 import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import Problem, run
+
 from embedding_service.settings import Settings, variable
 
 
@@ -51,7 +51,7 @@ def main() -> int:
     except ImportError as missing:
         raise Problem("uvicorn is not installed; pip install clinfast[examples] brings it") from missing
     uvicorn.run(
-        "embedding_service.app:create_app", factory=True, app_dir=str(EXAMPLES), host=options.host, port=options.port,
+        "embedding_service.app:create_app", factory=True, app_dir=sys.path[0], host=options.host, port=options.port,
         timeout_graceful_shutdown=settings.drain_seconds,
     )  # fmt: skip
     return 0

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import common
-from common import Problem
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
@@ -25,6 +24,7 @@ from embedding_service.metrics import Metrics
 from embedding_service.settings import Settings
 from embedding_service.size_limit import SizeLimit
 
+STOCK_BATCH = 32
 log = logging.getLogger("uvicorn.error")
 
 
@@ -51,7 +51,7 @@ class Embedder:
 
     def __init__(self, settings: Settings) -> None:
         self.model: Any = common.load_sentence_transformer(settings.model)
-        common.make_fast(self.model, precision=settings.precision, threads=settings.threads or None)
+        self.fast = common.make_fast(self.model, precision=settings.precision, threads=settings.threads or None)
         self.tokenizer: Any = copy.deepcopy(self.model.tokenizer)
         self.limit: int = self.model.max_seq_length or common.token_limit(self.model, self.tokenizer)
         self.dimension: int = self.encode(["warm up", "warm up " * self.limit]).shape[1]
@@ -62,8 +62,9 @@ class Embedder:
         )  # fmt: skip
 
     def encode(self, texts: list[str]) -> Any:
-        """float32 [texts, dimension]; one batch, whatever their number."""
-        return self.model.encode(texts, batch_size=len(texts), convert_to_numpy=True, show_progress_bar=False)
+        """float32 [texts, dimension]; one batch where padding costs nothing."""
+        size = len(texts) if self.fast else STOCK_BATCH
+        return self.model.encode(texts, batch_size=size, convert_to_numpy=True, show_progress_bar=False)
 
     def count(self, texts: list[str]) -> list[int]:
         """Tokens of each text, special ones included."""
@@ -87,7 +88,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         log.info(common.summary(embedder.model))
 
     app = FastAPI(title="Sentence embeddings", lifespan=lifespan)
-    app.add_middleware(SizeLimit, most=settings.max_bytes)
+    app.add_middleware(SizeLimit, most=settings.max_bytes, refused=metrics.count_request)
 
     @app.post("/embed")
     async def embed(body: EmbedRequest, request: Request) -> Response:
@@ -154,6 +155,10 @@ def check(embedder: Embedder, body: EmbedRequest, settings: Settings) -> list[in
     for index, text in enumerate(body.texts):
         if not text.strip():
             raise Refused(422, f"texts[{index}] is empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError as problem:
+            raise Refused(422, f"texts[{index}] holds half a character (a lone surrogate)") from problem
     counts = embedder.count(body.texts)
     for index, count in enumerate(counts):
         if count > embedder.limit and not body.truncate:
@@ -179,6 +184,3 @@ async def unless_gone(answer: asyncio.Future[Any], request: Request) -> Any:
     finally:
         gone.cancel()
         answer.cancel()
-
-
-__all__ = ["Problem", "create_app"]

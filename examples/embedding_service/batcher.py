@@ -50,7 +50,8 @@ class Batcher:
         self._closing = False
         self._seconds_per_token = 1e-3
         self.waiting_tokens = 0
-        self.batches = self.texts = self.tokens = self.cancelled = 0
+        self.taken = self.cancelled = 0  # jobs
+        self.batches = self.texts = self.tokens = 0
         self._thread = threading.Thread(target=self._work, name="embedding-batcher", daemon=True)
         self._thread.start()
 
@@ -79,6 +80,7 @@ class Batcher:
             if self._jobs and self.waiting_tokens + tokens > self._limit:
                 raise Full(self.waiting_tokens, self._limit, self.waiting_tokens * self._seconds_per_token)
             self._jobs.append(job)
+            self.taken += 1
             self.waiting_tokens += tokens
             self._changed.notify_all()
         return job.answer
