@@ -60,7 +60,7 @@ class Classifier:
 
     def __init__(self, folder: Path, top: int) -> None:
         self.tokenizer = common.load_tokenizer(folder)
-        self.model: Any = common.load_model(folder, "AutoModelForSequenceClassification")
+        self.model = common.load_model(folder, "AutoModelForSequenceClassification")
         self.limit = common.token_limit(self.model, self.tokenizer)
         config = self.model.config
         self.kind = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     with Journal(options.out, settings, lambda record: record["row"], overwrite=options.overwrite) as journal:
         if journal.complete:
-            console.print(f"{options.out} is complete already; --overwrite computes it again")
+            console.print(f"{options.out} is complete already; --overwrite computes it again", soft_wrap=True)
             return 0
         with common.progress(console, "notes") as bar:
             task = bar.add_task("", total=total, completed=len(journal))
@@ -203,10 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             journal.finish(range(total), lambda path, records: write_npy(path, records, shape))
         else:
             journal.finish(range(total))
-    console.print(f"{total:,} notes, in {options.out}")
+    console.print(f"{total:,} notes, in {options.out}", soft_wrap=True)
     for row, error in errors:
-        console.print(f"note {row + 1} {error}", markup=False, style="red")
-    console.print(common.summary(work.model), markup=False)
+        console.print(f"note {row + 1} {error}", markup=False, soft_wrap=True, style="red")
+    console.print(common.summary(work.model), markup=False, soft_wrap=True)
     return 1 if errors else 0
 
 

@@ -71,7 +71,7 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_model(folder: Path, auto_class: str) -> nn.Module:
+def load_model(folder: Path, auto_class: str) -> Any:
     """The model of `folder`, in eval mode.
 
     Args:
@@ -198,7 +198,7 @@ def console() -> Any:
         from rich.console import Console
     except ImportError as missing:
         raise Problem("rich is not installed; pip install rich (or clinfast[examples]) brings it") from missing
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False)
 
 
 def progress(console: Any, what: str) -> Any:

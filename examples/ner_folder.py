@@ -19,7 +19,7 @@ import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import common
 import torch
@@ -106,7 +106,7 @@ class Tagger:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.tokenizer = common.load_tokenizer(options.model)
-        self.model: Any = common.load_model(options.model, "AutoModelForTokenClassification")
+        self.model = common.load_model(options.model, "AutoModelForTokenClassification")
         self.labels: list[str] = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
         try:
             self.scheme = Scheme(self.labels, options.outside)
@@ -215,10 +215,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         counts = collections.Counter(span["label"] for record in journal.records(keys) for span in record["spans"])
         journal.finish(keys)
     told = ", ".join(f"{label} {count:,}" for label, count in counts.most_common())
-    console.print(f"{len(keys):,} notes, {counts.total():,} spans{f' ({told})' if told else ''}, in {options.out}")
+    found = f"{counts.total():,} spans ({told})" if told else "no spans"
+    console.print(f"{len(keys):,} notes, {found}, in {options.out}", soft_wrap=True)
     for line in skipped:
-        console.print(f"skipped {line}", markup=False, style="red")
-    console.print(common.summary(tagger.model), markup=False)
+        console.print(f"skipped {line}", markup=False, soft_wrap=True, style="red")
+    console.print(common.summary(tagger.model), markup=False, soft_wrap=True)
     return 1 if skipped else 0
 
 

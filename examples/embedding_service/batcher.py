@@ -122,7 +122,8 @@ class Batcher:
                 while self.waiting_tokens < self._budget and not self._closing:
                     if not self._changed.wait(deadline - time.monotonic()):
                         break
-                batch, tokens = [], 0
+                batch: list[Job] = []
+                tokens = 0
                 while self._jobs and (not batch or tokens + self._jobs[0].tokens <= self._budget):
                     job = self._jobs.popleft()
                     self.waiting_tokens -= job.tokens
