@@ -173,6 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     window = options.window or min(work.limit, common.UNKNOWN_LIMIT)
     if window > work.limit:
         raise Problem(f"--window {window} is more than the {work.limit} tokens that the model reads")
+    if options.long == "windows" and not work.tokenizer.is_fast:
+        console.print("the tokenizer is a slow one, which makes no windows: notes that are too long are cut")
     fast = common.make_fast(
         work.model, precision=options.precision, strict=options.strict, threads=options.threads
     )

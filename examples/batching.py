@@ -76,10 +76,15 @@ def make_windows(tokenizer: Any, texts: Sequence[str], *, window: int, overlap: 
                 offsets=encoded["offset_mapping"][index] if tokenizer.is_fast else [(0, 0)] * len(ids),
                 special=encoded["special_tokens_mask"][index],
                 words=encoded.word_ids(index) if tokenizer.is_fast else [None] * len(ids),
-                cut=overlap is None and (goes_on if tokenizer.is_fast else len(ids) == window),
+                cut=overlap is None and (goes_on or (len(ids) == window and _longer(tokenizer, texts[owner], window))),
             )
         )
     return windows
+
+
+def _longer(tokenizer: Any, text: str, window: int) -> bool:
+    """For slow tokenizers, which do not tell that they cut."""
+    return not tokenizer.is_fast and len(tokenizer(text, truncation=False)["input_ids"]) > window
 
 
 def plan_batches(lengths: Sequence[int], budget: int, *, padded: bool) -> list[list[int]]:

@@ -52,9 +52,11 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
 
 
-def model_folder(folder: Path, head: str, labels: list[str] | None = None, **fields: Any) -> Path:
-    """Saves a random BERT with that head and the WordPiece tokenizer in `folder`."""
-    tokenizer = wordpiece()
+def model_folder(
+    folder: Path, head: str, labels: list[str] | None = None, tokenizer: Any = None, **fields: Any
+) -> Path:
+    """Saves a random BERT with that head and a tokenizer (WordPiece) in `folder`."""
+    tokenizer = tokenizer or wordpiece()
     if labels is not None:
         fields |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     model = make(head, vocab_size=len(tokenizer), **fields)

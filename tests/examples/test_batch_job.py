@@ -11,7 +11,7 @@ import pytest
 import torch
 from example_models import model_folder
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, ByT5Tokenizer
 
 LABELS = ["home", "ward", "icu"]
 TEXTS = [
@@ -84,6 +84,15 @@ def test_a_long_note_is_averaged_over_its_windows_or_cut(classifier, notes, tmp_
         assert {label["label"]: label["score"] for label in record["labels"]} == pytest.approx(
             {label: scores[i].item() for i, label in enumerate(LABELS)}, abs=1e-5
         )
+
+
+def test_a_slow_tokenizer_cuts_and_says_so(tmp_path, read_lines, capsys):
+    folder = model_folder(tmp_path / "slow", "sequence", LABELS, tokenizer=ByT5Tokenizer(model_max_length=64))
+    notes = tmp_path / "notes.jsonl"
+    notes.write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in (5, 63, 64, 200)))
+    assert go("labels", folder, notes, tmp_path / "out.jsonl") == 0
+    assert [record.get("cut", False) for record in read_lines(tmp_path / "out.jsonl")] == [False, False, True, True]
+    assert "the tokenizer is a slow one" in capsys.readouterr().err
 
 
 def test_several_labels_a_note_and_regression(notes, tmp_path, read_lines):

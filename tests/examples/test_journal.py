@@ -61,6 +61,18 @@ def test_a_failed_finish_leaves_the_old_results_and_the_work(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_who_reads_the_old_results_reads_them_to_the_end(tmp_path):
+    out = tmp_path / "out.jsonl"
+    for rows in ([0], [0, 1]):
+        with open_journal(out, seed=True) as journal:
+            journal.append({"row": row} for row in rows if row not in journal)
+            if out.exists():
+                reader = out.open()
+            journal.finish(rows)
+    assert reader.read().count("\n") == 1 and out.read_text().count("\n") == 2
+    reader.close()
+
+
 def test_other_settings_foreign_files_and_a_second_writer(tmp_path):
     out = tmp_path / "out.jsonl"
     out.write_text("mine")

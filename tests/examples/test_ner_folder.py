@@ -1,6 +1,5 @@
 """The NER example as its users run it, on a small random model: against stock and against transformers' pipeline."""
 
-import copy
 import itertools
 
 import batching
@@ -8,13 +7,11 @@ import common
 import ner_folder
 import pytest
 import torch
-from batching import make_windows, plan_batches
+from batching import plan_batches
 from example_models import LABELS, NOTES, bytelevel, model_folder, wordpiece, write_notes
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
-
-import clinfast
+from transformers import AutoModelForTokenClassification, AutoTokenizer, ByT5Tokenizer, pipeline
 
 
 @pytest.fixture(scope="module")
@@ -229,11 +226,22 @@ def test_a_model_that_clinfast_does_not_know_runs_stock_and_says_so(go, tmp_path
         go("--strict", "--overwrite", model=tmp_path / "funnel")
 
 
-def test_a_tokenizer_without_offsets_is_refused():
-    slow = copy.copy(wordpiece())
-    slow.__class__ = type("SlowTokenizer", (type(slow),), {"is_fast": False})
-    with pytest.raises(common.Problem, match="SlowTokenizer tells no character offsets"):
-        make_windows(slow, ["text"], window=16, overlap=4)
+def test_a_tokenizer_without_offsets_is_refused(go, tmp_path):
+    folder = model_folder(tmp_path / "slow", "token", LABELS, tokenizer=ByT5Tokenizer(model_max_length=64))
+    with pytest.raises(common.Problem, match="ByT5Tokenizer tells no character offsets"):
+        go(model=folder)
+
+
+@pytest.mark.parametrize("aggregate", ["token", "first"])
+def test_special_tokens_in_the_text_of_a_note(go, notes, tmp_path, read_lines, aggregate):
+    text = "Pt [SEP] seen [CLS][PAD] by [MASK] Dr. [UNK] García. " * 5
+    (notes / "special.txt").write_text(text, encoding="utf-8")
+    found = []
+    for window in (20, 64):
+        out = tmp_path / f"{window}.jsonl"
+        assert go("--window", window, "--aggregate", aggregate, out=out) == 0
+        found.append(by_file(out, read_lines)["special.txt"])
+        assert found[-1] and all(span["text"] == text[span["start"] : span["end"]] for span in found[-1])
 
 
 def test_positions_counted_from_the_padding_id():
@@ -271,4 +279,3 @@ def test_the_fast_path_can_be_switched_off_in_production(go, monkeypatch, capsys
     monkeypatch.setenv("CLINFAST_DISABLE", "1")
     assert go() == 0
     assert " 0 fast calls" in capsys.readouterr().err
-    assert clinfast.report(torch.nn.Linear(1, 1)).units == ()
