@@ -37,10 +37,11 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8000, help="port to listen at (%(default)s)")
     for field in dataclasses.fields(Settings):
         name = variable(field.name)
-        default = None if field.default is dataclasses.MISSING else str(field.default)
+        needed = field.default is dataclasses.MISSING
+        default = os.environ.get(name, None if needed else str(field.default))
+        told = f"{field.metadata['help']} ({name}{'' if needed else '; %(default)s'})"
         parser.add_argument(
-            f"--{field.name.replace('_', '-')}", metavar="FOLDER" if field.name == "model" else "X",
-            default=os.environ.get(name, default), help=f"{field.metadata['help']} ({name}; %(default)s)",
+            f"--{field.name.replace('_', '-')}", metavar="FOLDER" if needed else "X", default=default, help=told,
         )  # fmt: skip
     options = parser.parse_args()
     for field in dataclasses.fields(Settings):

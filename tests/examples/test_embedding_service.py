@@ -309,25 +309,27 @@ def test_as_a_process_until_sigterm():
         port = free.getsockname()[1]
     folder = Path(service.__file__).parent
     command = [sys.executable, str(folder), "--model", str(FOLDER), "--port", str(port), "--threads", "1"]
-    command += ["--window-ms", "500"]
+    command += ["--window-ms", "1500"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"EMBEDDING_MODEL": "x"})
 
     async def main():
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            for _ in range(600):
+            for _ in range(2000):
                 with contextlib.suppress(httpx.TransportError):
                     assert (await client.get("/health")).status_code == 200
                     break
                 assert process.poll() is None, process.communicate()[1]
                 await asyncio.sleep(0.05)
             post = asyncio.create_task(client.post("/embed", json={"texts": TEXTS[:3]}))
-            await asyncio.sleep(0.2)
+            for _ in range(2000):
+                if post.done() or "embedding_waiting_requests 1" in (await client.get("/metrics")).text:
+                    break
             process.send_signal(signal.SIGTERM)
             return await post
 
     try:
         answer = asyncio.run(main())
-        log = process.communicate(timeout=20)[1]
+        log = process.communicate(timeout=60)[1]
     finally:
         process.kill()
     assert answer.status_code == 200 and len(answer.json()["embeddings"]) == 3
