@@ -33,12 +33,12 @@ PACKED = "packed"
 OLDEST = 5  # before, most encoders did not ask the interface for their attention
 
 # sdpa ignores these, or they are in its mask already; any other argument that is set goes to sdpa.
-_IGNORED = frozenset(
-    "cache_position deterministic encoder_attention_mask encoder_hidden_states num_items_in_batch output_hidden_states "
-    "position_embeddings position_ids return_dict sliding_window use_cache".split()
-)
+_IGNORED = {
+    *("cache_position", "deterministic", "encoder_attention_mask", "encoder_hidden_states", "num_items_in_batch"),
+    *("output_hidden_states", "position_embeddings", "position_ids", "return_dict", "sliding_window", "use_cache"),
+}
 # These change the scores, and sdpa does not know them.
-_REFUSED = ("s_aux", "sinks", "softcap")
+_REFUSED = ("block_indices", "indices", "s_aux", "sinks", "softcap")
 
 calls: collections.Counter[str] = collections.Counter()
 """Attention calls: `"packed"`, or sdpa with the reason; a traced call counts once, when it is traced."""
@@ -77,7 +77,7 @@ def attention_forward(
         [B, Q, heads, head_dim], and None for the attention weights.
 
     Raises:
-        ValueError: an argument that changes the scores and that sdpa does not compute (softcap, attention sinks).
+        ValueError: an argument that changes the scores and that sdpa does not know (softcap, sinks, chosen keys).
     """
     for name in _REFUSED:
         if kwargs.get(name) is not None:
@@ -187,7 +187,9 @@ def _why_sdpa(
         return Reason("scaling is not a number")
     if mask is None:
         return Reason("the attention is causal") if _causal(module, is_causal) else None
-    if type(mask) is not Tensor or not mask.is_cpu or not key_mask.is_key_mask(mask, batch, queries, key_shape[2]):
+    if type(mask) is not Tensor or mask.dtype is not torch.bool:
+        return Reason("the mask is not a boolean tensor")
+    if not mask.is_cpu or not key_mask.is_key_mask(mask, batch, queries, key_shape[2]):
         return Reason("the mask is not the same for every query")
     return None
 

@@ -7,6 +7,9 @@ what it always did. Neither must pass for our attention, so the three methods th
 from __future__ import annotations
 
 import functools
+import inspect
+import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +17,16 @@ NAME = "clinfast"
 _MARK = "_clinfast_stock"
 
 
+# Code that computes something else for the name "sdpa" than for other names, so that our fallback would be wrong.
+_BY_NAME = re.compile(
+    r"""_attn_implementation\s*(==|!=|in|not in)\s[^\n]*["']sdpa["']"""
+    r"""|_CLASSES\[(self\.)?config\._attn_implementation\]"""
+)
+
+
 def refuse(base: type, version: str | None, cls: Any) -> None:
-    """Raises ValueError where a model of class `cls` would not get our attention; `version` is that of a transformers
-    on which none does."""
+    """Raises ValueError where a model of class `cls` would not get our attention, or not all that it needs besides;
+    `version` is that of a transformers on which none does."""
     if version is not None:
         raise ValueError(
             f"attn_implementation='clinfast' takes effect on transformers 5 or later, and this is {version}; "
@@ -24,15 +34,22 @@ def refuse(base: type, version: str | None, cls: Any) -> None:
         )
     known = [c for c in cls.__mro__ if issubclass(c, base) and c is not base]
     if not any(c._can_set_attn_implementation() for c in known):
-        raise ValueError(
-            f"attn_implementation='clinfast' cannot serve {cls.__name__}: it does not take its attention from "
-            "transformers' attention interface"
-        )
-    if not cls._supports_sdpa:
-        raise ValueError(
-            f"attn_implementation='clinfast' cannot serve {cls.__name__}: transformers has no sdpa attention for it, "
-            "so it needs more than softmax attention; use 'eager'"
-        )
+        why = "it does not take its attention from transformers' attention interface"
+    elif not cls._supports_sdpa:
+        why = "transformers has no sdpa attention for it, so it needs more than softmax attention; use 'eager'"
+    elif any(_depends_on_name(c.__module__) for c in known):
+        why = "its code treats 'sdpa' unlike any other name; use 'sdpa'"
+    else:
+        return
+    raise ValueError(f"attn_implementation='clinfast' cannot serve {cls.__name__}: {why}")
+
+
+@functools.cache
+def _depends_on_name(module: str) -> bool:
+    try:
+        return _BY_NAME.search(inspect.getsource(sys.modules[module])) is not None
+    except (KeyError, OSError, TypeError):  # a class made at a prompt; those that it comes from have a source
+        return False
 
 
 def check(base: Any, version: str | None) -> None:

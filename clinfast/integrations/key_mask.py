@@ -70,8 +70,8 @@ def make(rows: Tensor, queries: int) -> Tensor:
 
 
 def is_key_mask(mask: Tensor, batch: int, queries: int, keys: int) -> bool:
-    """Whether the same keys are masked for every query and head."""
-    if mask.dtype is not torch.bool or mask.dim() != 4:
+    """Whether the boolean `mask` masks the same keys for every query and head."""
+    if mask.dim() != 4:
         return False
     shape, strides = mask.shape, mask.stride()
     return (
