@@ -201,17 +201,15 @@ def _causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
 def _packed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
     single_thread_if_forked()
     batch, heads, queries, head_dim = query.shape
-    num_keys = key.shape[2]
-    with torch.no_grad():
-        if mask is None:
-            keys = key_mask.all_keys(batch, queries, num_keys)
-        else:
-            keys = key_mask.keys_of(mask, batch, queries, num_keys)
-        q, k, v = _rows(query), _rows(key), _rows(value)
-        if keys.indices is not None:
-            k, v = k[keys.indices], v[keys.indices]
-        scale = head_dim**-0.5 if scaling is None else float(scaling)
-        out = attention(q, k, v, keys.cu_seqlens_q, keys.cu_seqlens_k, keys.seqused_k, scale)
+    if mask is None:
+        keys = key_mask.all_keys(batch, queries, key.shape[2])
+    else:
+        keys = key_mask.keys_of(mask, batch, queries, key.shape[2])
+    q, k, v = _rows(query), _rows(key), _rows(value)
+    if keys.indices is not None:
+        k, v = k[keys.indices], v[keys.indices]
+    scale = head_dim**-0.5 if scaling is None else float(scaling)
+    out = attention(q, k, v, keys.cu_seqlens_q, keys.cu_seqlens_k, keys.seqused_k, scale)
     return out.view(batch, queries, heads, head_dim)
 
 

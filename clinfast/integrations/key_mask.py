@@ -7,6 +7,7 @@ and costs [B, K] bytes.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ def _every(step: int, count: int) -> Tensor:
     return torch.arange(0, (count + 1) * step, step, dtype=torch.int32, device="cpu")
 
 
+@functools.lru_cache(maxsize=256)
 def all_keys(batch: int, queries: int, keys: int) -> Keys:
     cu_seqlens_q = _every(queries, batch)
     return Keys(queries, cu_seqlens_q, cu_seqlens_q if keys == queries else _every(keys, batch), None, None, 0)

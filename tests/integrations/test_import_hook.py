@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_models import LAYERS, counted, hidden, ids, make, masks
+import transformers
+from attention_models import LAYERS, OLD, counted, hidden, ids, make, masks
 
 from clinfast.integrations import import_hook
 
+takes_effect = pytest.mark.skipif(OLD, reason="attn_implementation='clinfast' takes effect on transformers 5")
 ROOT = Path(__file__).parents[2]
 SMALL = """
 import transformers
@@ -49,6 +51,7 @@ def test_clinfast_alone_imports_no_transformers():
     """)
 
 
+@takes_effect
 @pytest.mark.parametrize("first", ["clinfast", "transformers", "transformers.modeling_utils"])
 def test_either_import_may_come_first(first):
     code = f"""
@@ -70,6 +73,7 @@ def test_either_import_may_come_first(first):
     run(textwrap.dedent(code) + "import textwrap\n" + SMALL + textwrap.dedent(rest))
 
 
+@takes_effect
 def test_first_imports_in_many_threads():
     run("import clinfast, threading" + SMALL + textwrap.dedent("""
     failed = []
@@ -87,6 +91,7 @@ def test_first_imports_in_many_threads():
     """))
 
 
+@takes_effect
 def test_clinfast_imported_while_transformers_is():
     run("""
     import sys, threading, time
@@ -102,6 +107,7 @@ def test_clinfast_imported_while_transformers_is():
     """)
 
 
+@takes_effect
 def test_reload():
     run("import clinfast, importlib" + SMALL + textwrap.dedent("""
     check()
@@ -148,6 +154,10 @@ def odd_loader(monkeypatch):
     sys.modules.pop(name, None)
 
 
+def waiting_for(name):
+    return [finder for finder in sys.meta_path if getattr(finder, "name", None) == name and hasattr(finder, "action")]
+
+
 def test_a_failed_import_is_tried_again(odd_loader):
     seen = []
     import_hook.when_imported(odd_loader.name, lambda module: seen.append(module.value))
@@ -155,7 +165,7 @@ def test_a_failed_import_is_tried_again(odd_loader):
         __import__(odd_loader.name)
     assert not seen
     __import__(odd_loader.name)
-    assert seen == [3] and not [f for f in sys.meta_path if isinstance(f, import_hook._Finder)]
+    assert seen == [3] and not waiting_for(odd_loader.name)
     import_hook.when_imported(odd_loader.name, lambda module: seen.append(module.value + 1))
     assert seen == [3, 4]
 
@@ -168,9 +178,10 @@ def test_a_spec_that_is_only_looked_at(odd_loader):
     stranger = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stranger)
     assert stranger.value == 3
-    assert [f for f in sys.meta_path if isinstance(f, import_hook._Finder)], "another copy is not the import"
+    assert waiting_for(odd_loader.name), "another copy is not the import"
 
 
+@takes_effect
 def test_files_and_pickles(tmp_path, one_thread):
     model = make("bert")
     plain, ours = tmp_path / "plain", tmp_path / "ours"
@@ -208,3 +219,16 @@ def test_files_and_pickles(tmp_path, one_thread):
         model(ids)
     assert clinfast.integrations.attention_interface.calls["packed"] == {LAYERS}
     """)
+
+
+@pytest.mark.skipif(not OLD, reason="takes effect here")
+def test_older_transformers_are_named():
+    fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    message = "takes effect on transformers 5 or later, and this is 4"
+    with pytest.raises(ValueError, match=message):
+        transformers.BertModel._from_config(transformers.BertConfig(**fields), attn_implementation="clinfast")
+    model = transformers.BertModel(transformers.BertConfig(**fields))
+    if hasattr(model, "set_attn_implementation"):
+        with pytest.raises(ValueError, match=message):
+            model.set_attn_implementation("clinfast")
+    assert model.config._attn_implementation == "sdpa"
