@@ -14,6 +14,7 @@ from clinfast.api import (
     warmup,
 )
 from clinfast.engine.spec import Unsupported
+from clinfast.integrations import attention_interface
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,3 +30,5 @@ __all__ = [
     "verify",
     "warmup",
 ]
+
+attention_interface.install()

@@ -22,6 +22,7 @@ from clinfast.engine.concurrency import available_cores
 from clinfast.engine.encoder import Encoder
 from clinfast.engine.spec import Request, Unsupported
 from clinfast.guard import ClinfastWarning, StrictError
+from clinfast.integrations import attention_interface
 from clinfast.ops import registry
 from clinfast.report import Info, Report, UnitReport, Verification
 from clinfast.verify import verify_module
@@ -241,6 +242,7 @@ def info() -> Info:
         backends={"cpu": "ready" if reason is None else reason, "torch": "ready"},
         versions={name: _version(name) for name in ("clinfast", "torch", "transformers")}
         | {"python": platform.python_version()},
+        attention_interface=attention_interface.describe(),
     )
 
 

@@ -125,6 +125,7 @@ class Info:
     cores: int
     backends: dict[str, str]
     versions: dict[str, str]
+    attention_interface: str
 
     def __str__(self) -> str:
         lines = [
@@ -132,5 +133,6 @@ class Info:
             f"kernels     {self.isa}" + (f" (also here: {', '.join(self.isas[1:])})" if len(self.isas) > 1 else ""),
         ]
         lines += [f"{'backend ' + name:<11} {state}" for name, state in self.backends.items()]
+        lines.append(f"attention   {self.attention_interface}")
         lines.append("versions    " + ", ".join(f"{name} {version}" for name, version in self.versions.items()))
         return "\n".join(lines)

@@ -21,7 +21,7 @@ from clinfast.engine.spec import Match
 from clinfast.models.checks import foreign_forward
 from clinfast.reason import AGAIN, Reason
 
-ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "clinfast")
 
 _forward_of: Callable[[type], Any] = attrgetter("forward")
 _training_of: Callable[[dict[str, Any]], bool] = itemgetter("training")

@@ -1,0 +1,1 @@
+"""Where other libraries call clinfast by name."""
