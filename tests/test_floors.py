@@ -21,10 +21,13 @@ FLOORS = {
     "snapshot": 4,
     "api": 5,
     "canary": 5,
+    "bench": 5,
     "cli": 5,
     "demo": 5,
     "integrations": 5,
+    "model_folder": 5,
     "report": 5,
+    "texts": 5,
     "verify": 5,
 }
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.cells import Batch
-from benchmarks.harness.contenders.base import Contender
-from benchmarks.harness.contenders.export import INPUTS, OUTPUTS, example_inputs, positional
-from benchmarks.harness.reference import Outputs
-from benchmarks.harness.sources import ModelSource, load_stock
+from clinfast.bench.cells import Batch
+from clinfast.bench.contenders.base import CannotRun, Contender
+from clinfast.bench.contenders.export import example_inputs, output_names, positional
+from clinfast.bench.reference import Outputs
+from clinfast.bench.sources import ModelSource, load_stock
 
 FUSED_INTO_ATTENTION = "Attention"
 
@@ -29,14 +29,14 @@ class OnnxRuntime(Contender):
         exported = folder / "exported.onnx"
         # The fusions match the graph that the tracing exporter writes of eager attention; of the graphs
         # that torch.export or SDPA give, ONNX Runtime 1.32 fuses no attention.
-        model = positional(load_stock(source, precision, attention="eager"))
+        model = positional(load_stock(source, precision, attention="eager"), source, folder)
         torch.onnx.export(
             model,
-            example_inputs(),
+            example_inputs(source),
             exported,
-            input_names=list(INPUTS),
-            output_names=list(OUTPUTS),
-            dynamic_axes={name: {0: "batch", 1: "length"} for name in INPUTS},
+            input_names=list(source.inputs),
+            output_names=output_names(folder),
+            dynamic_axes={name: {0: "batch", 1: "length"} for name in source.inputs},
             dynamo=False,
             opset_version=17,
         )
@@ -49,7 +49,7 @@ class OnnxRuntime(Contender):
         )
         fused = optimized.get_fused_operator_statistics()
         if fused[FUSED_INTO_ATTENTION] != source.layers:
-            raise RuntimeError(
+            raise CannotRun(
                 f"ONNX Runtime fused {fused[FUSED_INTO_ATTENTION]} of {source.layers} attentions"
             )
         optimized.save_model_to_file(str(folder / "model.onnx"))
@@ -61,16 +61,18 @@ class OnnxRuntime(Contender):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
+        folder = self.artefact()
+        self.names = output_names(folder)
         self.session = onnxruntime.InferenceSession(
-            self.artefact() / "model.onnx", options, providers=["CPUExecutionProvider"]
+            folder / "model.onnx", options, providers=["CPUExecutionProvider"]
         )
 
     def prepare(self, batch: Batch) -> Callable[[], Any]:
-        session, feeds = self.session, batch.as_dict()
-        return lambda: session.run(list(OUTPUTS), feeds)
+        session, names, feeds = self.session, self.names, batch.of(self.source.inputs)
+        return lambda: session.run(names, feeds)
 
     def outputs(self, raw: Any) -> Outputs:
-        return dict(zip(OUTPUTS, map(np.asarray, raw), strict=True))
+        return dict(zip(self.names, map(np.asarray, raw), strict=True))
 
 
 class OnnxRuntimeInt8(OnnxRuntime):

@@ -3,9 +3,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.harness.cells import Batch
-from benchmarks.harness.contenders.base import Contender
-from benchmarks.harness.reference import Outputs
+from clinfast.bench.cells import Batch
+from clinfast.bench.contenders.base import Contender
+from clinfast.bench.reference import Outputs
 
 
 class GemmFloor(Contender):

@@ -3,8 +3,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.harness.cells import Batch
-from benchmarks.harness.contenders.base import TorchContender
+from clinfast.bench.cells import Batch
+from clinfast.bench.contenders.base import TorchContender
 
 
 class TorchCompile(TorchContender):

@@ -12,7 +12,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import cache
+from clinfast.bench import cache
+from clinfast.bench.sources import ModelSource
 
 REPLY_SECONDS = 1800.0
 
@@ -24,16 +25,15 @@ class ContenderFailed(RuntimeError):
 class WorkerProcess:
     """Between two questions the process is held by SIGSTOP: idle thread pools spin and would steal cores."""
 
-    def __init__(self, contender: str, model: str, precision: str, threads: int) -> None:
-        cache.LOGS.mkdir(parents=True, exist_ok=True)
+    def __init__(self, contender: str, source: ModelSource, precision: str, threads: int) -> None:
         self.contender = contender
-        self.log: Path = cache.LOGS / f"{contender}-{model}-{precision}.log"
+        self.log: Path = cache.logs() / f"{contender}-{source.name}-{precision}.log"
         ours, theirs = socket.socketpair()
-        arguments = [str(theirs.fileno()), contender, model, precision, str(threads)]
+        folder = str(source.folder.resolve())
+        arguments = [str(theirs.fileno()), contender, source.name, folder, precision, str(threads)]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.harness.worker", *arguments],
-                cwd=cache.REPOSITORY,
+                [sys.executable, "-m", "clinfast.bench.worker", *arguments],
                 env=cache.environment_of_worker(threads),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,

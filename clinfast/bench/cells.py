@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -13,6 +15,7 @@ IntArray = npt.NDArray[np.int64]
 
 CLS, SEP, FIRST_WORD = 101, 102, 1000
 SEED = 20
+LONGEST = 512
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs as int64 arrays [batch, length]; padding is on the right."""
+    """Model inputs as int64 arrays [batch, length]; padding is on the right. Token types are all 0."""
 
     input_ids: IntArray
     attention_mask: IntArray
-    token_type_ids: IntArray
 
-    def as_dict(self) -> dict[str, IntArray]:
-        return {
+    def of(self, inputs: Iterable[str]) -> dict[str, IntArray]:
+        """By name, those that a model takes."""
+        arrays = {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
-            "token_type_ids": self.token_type_ids,
+            "token_type_ids": np.zeros_like(self.input_ids),
         }
+        return {name: arrays[name] for name in inputs}
 
     @property
     def lengths(self) -> IntArray:
@@ -60,7 +64,7 @@ class Batch:
 
 
 def ragged_lengths(
-    notes: int, *, median: int = 120, sigma: float = 1.25, longest: int = 512
+    notes: int, *, median: int = 120, sigma: float = 1.25, longest: int = LONGEST
 ) -> tuple[int, ...]:
     """Log-normal lengths cut at `longest`: evenly spaced quantiles, in shuffled order.
 
@@ -68,7 +72,7 @@ def ragged_lengths(
     """
     quantiles = (np.arange(notes) + 0.5) / notes
     spread = np.array([NormalDist().inv_cdf(q) for q in quantiles])
-    lengths = np.clip(np.rint(median * np.exp(sigma * spread)), 4, longest).astype(int)
+    lengths = np.clip(np.rint(median * np.exp(sigma * spread)), min(4, longest), longest).astype(int)
     return tuple(int(n) for n in np.random.default_rng(SEED).permutation(lengths))
 
 
@@ -88,23 +92,44 @@ CELLS: dict[str, Cell] = {
 }
 
 
-def parse_cell(name: str) -> Cell:
-    """A named cell, `BxL` (dense) or `raggedN`."""
-    if name in CELLS:
+def parse_cell(name: str, longest: int = LONGEST) -> Cell:
+    """A named cell, `BxL` (dense) or `raggedN`; the lengths of a ragged one are cut at `longest`."""
+    if name in CELLS and longest >= LONGEST:
         return CELLS[name]
     if found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name):
         return dense(int(found[1]), int(found[2]))
     if found := re.fullmatch(r"ragged([1-9]\d*)", name):
-        return Cell(name, ragged_lengths(int(found[1])))
+        return Cell(name, ragged_lengths(int(found[1]), longest=min(longest, LONGEST)))
     raise ValueError(f"cell {name!r} is none of {', '.join(CELLS)}, nor of the form 4x64 or ragged8")
 
 
-def make_batch(cell: Cell, vocab_size: int) -> Batch:
+def make_batch(cell: Cell, vocab_size: int, pad_id: int = 0) -> Batch:
+    """Random ids in the cell's lengths; where the vocabulary is a small one, without BERT's own special ids."""
     rng = np.random.default_rng(SEED)
     shape = (cell.batch_size, cell.padded_length)
     lengths = np.array(cell.lengths)
-    attention_mask = (np.arange(cell.padded_length) < lengths[:, None]).astype(np.int64)
-    input_ids = rng.integers(FIRST_WORD, vocab_size, shape) * attention_mask
-    input_ids[:, 0] = CLS
-    input_ids[np.arange(cell.batch_size), lengths - 1] = SEP
-    return Batch(input_ids.astype(np.int64), attention_mask, np.zeros(shape, dtype=np.int64))
+    mask = np.arange(cell.padded_length) < lengths[:, None]
+    first = FIRST_WORD if vocab_size > 2 * FIRST_WORD else min(pad_id + 1, vocab_size - 1)
+    input_ids = np.where(mask, rng.integers(first, vocab_size, shape), pad_id)
+    if first == FIRST_WORD:
+        input_ids[:, 0] = CLS
+        input_ids[np.arange(cell.batch_size), lengths - 1] = SEP
+    return Batch(input_ids.astype(np.int64), mask.astype(np.int64))
+
+
+def batch_of(notes: Sequence[Sequence[int]], pad_id: int) -> Batch:
+    """Token ids of notes, padded to the longest."""
+    lengths = np.array([len(note) for note in notes])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    input_ids[mask] = np.concatenate([np.asarray(note, dtype=np.int64) for note in notes])
+    return Batch(input_ids, mask.astype(np.int64))
+
+
+def save_batch(batch: Batch, file: Path) -> None:
+    np.savez(file, input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+
+
+def load_batch(file: Path) -> Batch:
+    with np.load(file) as arrays:
+        return Batch(arrays["input_ids"], arrays["attention_mask"])

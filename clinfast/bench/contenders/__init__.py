@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarks.harness.contenders.base import Contender
-from benchmarks.harness.contenders.clinfast import Clinfast
-from benchmarks.harness.contenders.ctranslate2 import CTranslate2, CTranslate2Int8
-from benchmarks.harness.contenders.gemm_floor import GemmFloor
-from benchmarks.harness.contenders.onnxruntime import OnnxRuntime, OnnxRuntimeInt8
-from benchmarks.harness.contenders.openvino import OpenVino
-from benchmarks.harness.contenders.stock import Stock
-from benchmarks.harness.contenders.torch_compile import TorchCompile
+from clinfast.bench.contenders.base import Contender
+from clinfast.bench.contenders.clinfast import Clinfast
+from clinfast.bench.contenders.ctranslate2 import CTranslate2, CTranslate2Int8
+from clinfast.bench.contenders.gemm_floor import GemmFloor
+from clinfast.bench.contenders.onnxruntime import OnnxRuntime, OnnxRuntimeInt8
+from clinfast.bench.contenders.openvino import OpenVino
+from clinfast.bench.contenders.stock import Stock
+from clinfast.bench.contenders.torch_compile import TorchCompile
 
 _CLASSES: tuple[type[Contender], ...] = (
     Stock,
@@ -25,6 +25,8 @@ _CLASSES: tuple[type[Contender], ...] = (
 
 CONTENDERS: dict[str, type[Contender]] = {cls.name: cls for cls in _CLASSES}
 
+# In order of the tables. Quantised ones compute other numbers, and run when named.
+PEERS = ("torch_compile", "onnxruntime", "openvino", "ctranslate2")
 DEFAULT_CONTENDERS: tuple[str, ...] = tuple(name for name in CONTENDERS if not name.endswith("_int8"))
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from benchmarks.harness.cells import Cell
-from benchmarks.harness.contenders import contender_class
-from benchmarks.harness.machine_load import MachineLoad
-from benchmarks.harness.process import ContenderFailed, WorkerProcess
-from benchmarks.harness.reference import output_error, reference_outputs
-from benchmarks.harness.sources import model_source
-from benchmarks.harness.worker import ROUND_SECONDS
+from clinfast.bench.cells import Batch, Cell, make_batch
+from clinfast.bench.contenders import contender_class
+from clinfast.bench.machine_load import MachineLoad
+from clinfast.bench.process import ContenderFailed, WorkerProcess
+from clinfast.bench.reference import output_error, reference_outputs
+from clinfast.bench.sources import ModelSource
+from clinfast.bench.worker import ROUND_SECONDS
 
 OURS = "clinfast"
 BASE = "stock"
@@ -61,7 +61,7 @@ class Race:
 
     def __init__(
         self,
-        model: str,
+        source: ModelSource,
         precision: str,
         contenders: Sequence[str],
         threads: int,
@@ -71,7 +71,7 @@ class Race:
         self.threads = threads
         self.say = say
         self.contenders = contenders if BASE in contenders else (BASE, *contenders)
-        self.source = model_source(model, threads)
+        self.source = source
         self.absent: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
         self.workers: dict[str, WorkerProcess] = {}
@@ -93,11 +93,15 @@ class Race:
         self.workers.clear()
 
     def _load(self, name: str) -> None:
-        if self.precision not in contender_class(name).precisions:
+        contender = contender_class(name)
+        if self.precision not in contender.precisions:
             self.absent[name] = f"has no {self.precision} mode"
             return
+        if missing := [package for package in contender.missing() if package != OURS]:
+            self.absent[name] = f"not installed: pip install {' '.join(missing)}"
+            return
         self.say(f"{self.source.name} {self.precision}: loading {name}")
-        worker = WorkerProcess(name, self.source.name, self.precision, self.threads)
+        worker = WorkerProcess(name, self.source, self.precision, self.threads)
         try:
             self.load_seconds[name] = worker.ask("load")["load_s"]
         except BaseException as failure:
@@ -108,8 +112,11 @@ class Race:
         else:
             self.workers[name] = worker
 
-    def enter_cell(self, cell: Cell) -> None:
+    def enter_cell(self, cell: Cell, batch: Batch | None = None) -> None:
         """Prepares every contender for `cell` and compares its output with fp64; no time is taken before.
+
+        Args:
+            batch: the inputs, where they are not random ids of the cell's lengths; nothing of it is kept on disk.
 
         Raises:
             ParityError: ours has more than `ERROR_BUDGET` times stock's own error.
@@ -118,11 +125,15 @@ class Race:
         self.runners = {}
         self.skipped = dict(self.absent)
         self.say(f"{self._where}: fp64 reference")
-        reference = reference_outputs(self.source, self.precision, cell, self.threads)
+        keep = batch is None
+        batch = batch or make_batch(cell, self.source.vocab_size, self.source.pad_id)
+        reference = reference_outputs(
+            self.source, self.precision, batch, self.threads, name=cell.name, keep=keep
+        )
         for name, worker in list(self.workers.items()):
             self.say(f"{self._where}: parity of {name}")
             try:
-                reply = worker.ask("prepare", cell.name)
+                reply = worker.ask("prepare", batch)
                 errors = {key: output_error(out, reference[key]) for key, out in reply["outputs"].items()}
                 worst = max((error.relative for error in errors.values()), default=0.0)
                 if name != OURS and not worst <= BROKEN:
@@ -194,6 +205,8 @@ class Race:
                 "max_ms": max(times) * 1e3,
                 "round_ms": [seconds * 1e3 for seconds in runner.round_medians],
                 "calls": len(times),
+                "notes_per_second": self.cell.batch_size / median(times),
+                "cpu_hours_per_million_notes": median(times) * self.threads / 3600 / self.cell.batch_size * 1e6,
                 "others_cores": round(runner.load.others, 3),
                 **runner.facts,
             }

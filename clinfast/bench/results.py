@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import cache
+from clinfast.bench import cache
 
 SCHEMA = 1
 Results = dict[str, Any]

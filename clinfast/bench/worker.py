@@ -1,4 +1,4 @@
-"""The process of one contender: `python -m benchmarks.harness.worker FD CONTENDER MODEL PRECISION THREADS`.
+"""The process of one contender: `python -m clinfast.bench.worker FD CONTENDER NAME FOLDER PRECISION THREADS`.
 
 It obeys commands on the socket FD. Its times are its own clock around each call, so neither the socket nor
 the parent is in them.
@@ -13,14 +13,18 @@ import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from benchmarks.harness.cells import make_batch, parse_cell
-from benchmarks.harness.contenders import contender_class
-from benchmarks.harness.contenders.base import Contender
-from benchmarks.harness.reference import Outputs
-from benchmarks.harness.sources import model_source
+from clinfast.bench.cache import BuildError
+from clinfast.bench.cells import Batch
+from clinfast.bench.contenders import contender_class
+from clinfast.bench.contenders.base import CannotRun, Contender
+from clinfast.bench.reference import comparable
+from clinfast.bench.sources import ModelSource
+from clinfast.engine.spec import Unsupported
+from clinfast.model_folder import BadInput
 
 ROUND_SECONDS = 0.25
 WARM_UP_SECONDS = 1.0
@@ -41,16 +45,15 @@ class Worker:
         self.contender.load()
         return {"load_s": perf_counter() - start}
 
-    def prepare(self, cell: str) -> dict[str, Any]:
-        """Sets the cell up, gives the outputs of the first call (real tokens only), then warms up."""
+    def prepare(self, batch: Batch) -> dict[str, Any]:
+        """Sets the batch up, gives the outputs of the first call (real tokens only), then warms up."""
         self.call = None
         gc.collect()
-        batch = make_batch(parse_cell(cell), self.contender.source.vocab_size)
         start = perf_counter()
         call = self.contender.prepare(batch)
         raw = call()
         first_s = perf_counter() - start
-        outputs = real_tokens(self.contender.outputs(raw), batch.attention_mask.astype(bool))
+        outputs = comparable(self.contender.outputs(raw), batch.attention_mask.astype(bool))
         del raw
         self.call = call
         if first_s > LONG_CALL_SECONDS and not self.contender.compiles_at_first_call:
@@ -89,10 +92,6 @@ class Worker:
         return seconds
 
 
-def real_tokens(outputs: Outputs, mask: Any) -> Outputs:
-    return {name: array[mask] if name == "last_hidden_state" else array for name, array in outputs.items()}
-
-
 def serve(connection: Connection, worker: Worker) -> None:
     commands: dict[str, Callable[..., dict[str, Any]]] = {
         "load": worker.load,
@@ -108,7 +107,8 @@ def serve(connection: Connection, worker: Worker) -> None:
         except Exception as error:
             text = next((line for line in str(error).splitlines() if line.strip()), "")
             print(f"{command} failed:", repr(error), file=sys.stderr, flush=True)
-            connection.send({"failed": f"{type(error).__name__}: {text}"[:300]})
+            told = isinstance(error, (CannotRun, BuildError, BadInput, Unsupported))
+            connection.send({"failed": (text if told else f"{type(error).__name__}: {text}")[:300]})
         else:
             connection.send(reply)
 
@@ -116,10 +116,9 @@ def serve(connection: Connection, worker: Worker) -> None:
 def main() -> None:
     # The parent stops workers; if it died, a stopped one would stay for ever.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    descriptor, name, model, precision, threads = sys.argv[1:]
-    source = model_source(model, int(threads))
-    contender = contender_class(name)(source, precision, int(threads))
-    serve(Connection(int(descriptor)), Worker(contender))
+    descriptor, contender, name, folder, precision, threads = sys.argv[1:]
+    source = ModelSource(name, Path(folder))
+    serve(Connection(int(descriptor)), Worker(contender_class(contender)(source, precision, int(threads))))
 
 
 if __name__ == "__main__":

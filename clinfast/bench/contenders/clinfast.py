@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.harness.contenders.base import TorchContender
+from clinfast.bench.contenders.base import TorchContender
 
 
 class Clinfast(TorchContender):

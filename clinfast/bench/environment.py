@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import cache
+from clinfast.bench import cache
 
 ISA_FLAGS = (
     "avx2",
@@ -95,7 +95,9 @@ def memory_bytes() -> int:
 
 
 def git(*arguments: str) -> str | None:
-    done = subprocess.run(["git", *arguments], cwd=cache.REPOSITORY, capture_output=True, text=True)
+    if not (cache.ROOT / ".git").exists():  # an installed package may lie inside somebody else's repository
+        return None
+    done = subprocess.run(["git", *arguments], cwd=cache.ROOT, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
 

@@ -11,17 +11,31 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-CACHE = REPOSITORY / "benchmarks" / ".cache"
-LOGS = CACHE / "logs"
+# Where the package lies: the root of a checkout, or site-packages.
+ROOT = Path(__file__).resolve().parents[2]
+VARIABLE = "CLINFAST_BENCH_CACHE"
 
 
 class BuildError(RuntimeError):
     """A cached thing could not be made; the text is the last line that its process said."""
+
+
+def root() -> Path:
+    """`$CLINFAST_BENCH_CACHE`, or the user's cache folder."""
+    if named := os.environ.get(VARIABLE):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clinfast"
+
+
+def logs() -> Path:
+    folder = root() / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def key(**facts: Any) -> str:
@@ -40,23 +54,22 @@ def last_line(path: Path) -> str:
     return lines[-1][:300] if lines else "said nothing"
 
 
-def ensure(folder: Path, *what: str, threads: int) -> Path:
-    """`folder`, made if it is not there by `python -m benchmarks.harness.build WHAT... FOLDER`."""
+def ensure(folder: Path, *what: str, threads: int, module: str = "clinfast.bench.build") -> Path:
+    """`folder`, made if it is not there by `python -m MODULE WHAT... FOLDER`."""
     if folder.exists():
         return folder
-    LOGS.mkdir(parents=True, exist_ok=True)
-    log = LOGS / f"build-{folder.name}.log"
+    log = logs() / f"build-{folder.name}.log"
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    command = [sys.executable, "-m", "benchmarks.harness.build", *what, str(unfinished)]
+    command = [sys.executable, "-m", module, *what, str(unfinished)]
     try:
         with log.open("w") as stream:
             done = subprocess.run(
-                command, cwd=REPOSITORY, env=environment_of_worker(threads), stdout=stream, stderr=stream
+                command, env=environment_of_worker(threads), stdout=stream, stderr=stream
             )
         if done.returncode:
-            raise BuildError(f"{' '.join(what)}: {last_line(log)}")
+            raise BuildError(last_line(log))
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -67,6 +80,8 @@ def environment_of_worker(threads: int) -> dict[str, str]:
     count = str(threads)
     return {
         **os.environ,
+        "PYTHONPATH": os.pathsep.join(_search_path()),
+        VARIABLE: str(root()),
         "OMP_NUM_THREADS": count,
         "MKL_NUM_THREADS": count,
         "OPENBLAS_NUM_THREADS": count,
@@ -74,6 +89,13 @@ def environment_of_worker(threads: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor"),
+        "TORCHINDUCTOR_CACHE_DIR": str(root() / "inductor"),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
+
+
+def _search_path() -> list[str]:
+    """PYTHONPATH with a checkout in front, so that a child imports this very package from any working folder."""
+    given = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
+    return given if ROOT in installed else [str(ROOT), *given]

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from benchmarks.harness.contenders.base import TorchContender
+from clinfast.bench.contenders.base import TorchContender
 
 
 class Stock(TorchContender):

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.cells import Batch
-from benchmarks.harness.contenders.base import Contender
-from benchmarks.harness.contenders.export import INPUTS, OUTPUTS, example_inputs, positional
-from benchmarks.harness.reference import Outputs
-from benchmarks.harness.sources import ModelSource, load_stock
+from clinfast.bench.cells import Batch
+from clinfast.bench.contenders.base import Contender
+from clinfast.bench.contenders.export import example_inputs, output_names, positional
+from clinfast.bench.reference import Outputs
+from clinfast.bench.sources import ModelSource, load_stock
 
 
 class OpenVino(Contender):
@@ -24,9 +24,9 @@ class OpenVino(Contender):
     def build(cls, source: ModelSource, precision: str, folder: Path) -> None:
         import openvino
 
-        example = dict(zip(INPUTS, example_inputs(), strict=True))
-        shapes = [(name, [-1, -1], openvino.Type.i64) for name in INPUTS]
-        model = positional(load_stock(source, precision).float())
+        example = dict(zip(source.inputs, example_inputs(source), strict=True))
+        shapes = [(name, [-1, -1], openvino.Type.i64) for name in source.inputs]
+        model = positional(load_stock(source, precision).float(), source, folder)
         converted = openvino.convert_model(model, example_input=example, input=shapes)
         openvino.save_model(converted, folder / "model.xml", compress_to_fp16=False)
 
@@ -39,13 +39,15 @@ class OpenVino(Contender):
             "INFERENCE_NUM_THREADS": self.threads,
         }
         core = openvino.Core()
-        compiled = core.compile_model(core.read_model(self.artefact() / "model.xml"), "CPU", options)
+        folder = self.artefact()
+        self.names = output_names(folder)
+        compiled = core.compile_model(core.read_model(folder / "model.xml"), "CPU", options)
         self.notes["precision_in_force"] = str(compiled.get_property("INFERENCE_PRECISION_HINT"))
         self.request = compiled.create_infer_request()
 
     def prepare(self, batch: Batch) -> Callable[[], Any]:
-        request, feeds = self.request, batch.as_dict()
+        request, feeds = self.request, batch.of(self.source.inputs)
         return lambda: request.infer(feeds, share_inputs=True, share_outputs=True)
 
     def outputs(self, raw: Any) -> Outputs:
-        return {name: np.array(raw[place], dtype=np.float32) for place, name in enumerate(OUTPUTS)}
+        return {name: np.array(raw[place], dtype=np.float32) for place, name in enumerate(self.names)}

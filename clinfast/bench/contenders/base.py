@@ -7,10 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from benchmarks.harness import cache
-from benchmarks.harness.cells import Batch
-from benchmarks.harness.reference import Outputs
-from benchmarks.harness.sources import ModelSource, load_stock
+from clinfast.bench import cache
+from clinfast.bench.cells import Batch
+from clinfast.bench.reference import Outputs, arrays_of
+from clinfast.bench.sources import ModelSource, load_stock
+
+
+class CannotRun(RuntimeError):
+    """This contender does not serve this model; the text says why."""
 
 
 class Contender(ABC):
@@ -43,13 +47,19 @@ class Contender(ABC):
             recipe=self.build_recipe,
             versions={name: cache.version(name) for name in (*self.distributions, "torch", "transformers")},
         )
-        folder = cache.CACHE / "exported" / f"{self.name}-{self.source.name}-{self.precision}-{facts}"
         return cache.ensure(
-            folder, "artefact", self.name, self.source.name, self.precision, threads=self.threads
-        )
+            cache.root() / "exported" / f"{self.name}-{self.source.name}-{self.precision}-{facts}",
+            "artefact", self.name, self.source.name, str(self.source.folder), self.precision,
+            threads=self.threads,
+        )  # fmt: skip
 
     build_recipe: ClassVar[int] = 1
     """Raise it when `build` changes, so that old exports are not used again."""
+
+    @classmethod
+    def missing(cls) -> list[str]:
+        """Packages that it needs and that are not installed."""
+        return [name for name in cls.distributions if cache.version(name) == "absent"]
 
     @property
     def version(self) -> str:
@@ -69,11 +79,11 @@ class Contender(ABC):
 
     @abstractmethod
     def outputs(self, raw: Any) -> Outputs:
-        """The result of one call as arrays: `last_hidden_state` [batch, length, hidden], `pooler_output`."""
+        """The result of one call as arrays under stock's names: `last_hidden_state` [batch, length, hidden], ..."""
 
 
 class TorchContender(Contender):
-    """A contender that runs a `BertModel`, stock or changed."""
+    """A contender that runs the transformers model, stock or changed."""
 
     precisions = ("fp32", "bf16")
 
@@ -90,7 +100,7 @@ class TorchContender(Contender):
     def prepare(self, batch: Batch) -> Callable[[], Any]:
         import torch
 
-        inputs = {name: torch.from_numpy(array) for name, array in batch.as_dict().items()}
+        inputs = {name: torch.from_numpy(array) for name, array in batch.of(self.source.inputs).items()}
         model = self.model
 
         def call() -> Any:
@@ -100,4 +110,4 @@ class TorchContender(Contender):
         return call
 
     def outputs(self, raw: Any) -> Outputs:
-        return {name: raw[name].float().numpy() for name in ("last_hidden_state", "pooler_output")}
+        return arrays_of(raw)

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import numpy as np
 
-from benchmarks.harness.cells import Batch
-from benchmarks.harness.contenders.base import Contender
-from benchmarks.harness.reference import Outputs
-from benchmarks.harness.sources import ModelSource
+from clinfast.bench.cells import Batch
+from clinfast.bench.contenders.base import CannotRun, Contender
+from clinfast.bench.reference import Outputs
+from clinfast.bench.sources import ModelSource
 
 
 class CTranslate2(Contender):
@@ -23,11 +25,20 @@ class CTranslate2(Contender):
     def build(cls, source: ModelSource, precision: str, folder: Path) -> None:
         from ctranslate2.converters import TransformersConverter
 
-        TransformersConverter(str(source.folder)).convert(str(folder), force=True)
+        with TemporaryDirectory() as scratch:
+            for file in source.folder.resolve().iterdir():
+                (Path(scratch) / file.name).symlink_to(file)
+            # transformers 5 writes no position_embedding_type any more; the converter asks for it.
+            config = Path(scratch) / "config.json"
+            config.unlink()
+            config.write_text(json.dumps({"position_embedding_type": "absolute", **source.config}))
+            TransformersConverter(scratch).convert(str(folder), force=True)
 
     def load(self) -> None:
         import ctranslate2
 
+        if not self.source.architecture.endswith("Model"):
+            raise CannotRun(f"it runs encoders without a head, and this is a {self.source.architecture}")
         self.encoder = ctranslate2.Encoder(
             str(self.artefact()), device="cpu", compute_type=self.compute_type, intra_threads=self.threads
         )
