@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Self
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 TOKENIZER_FILES = (
@@ -45,7 +46,7 @@ class ModelFolder:
     folder: Path
 
     @classmethod
-    def at(cls, folder: Path) -> ModelFolder:
+    def at(cls, folder: Path) -> Self:
         """The model in `folder`, its config read.
 
         Raises:

@@ -19,6 +19,7 @@ FLOORS = {
     "forward": 4,
     "reason": 4,
     "snapshot": 4,
+    "__main__": 5,
     "api": 5,
     "canary": 5,
     "bench": 5,

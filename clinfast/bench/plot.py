@@ -1,14 +1,7 @@
-"""The README's figure: `python benchmarks/plot.py RESULT.json --out figure.png`.
-
-Bars are speed relative to stock transformers, measured in the same alternating rounds.
-"""
+"""Bars of speed relative to stock transformers, measured in the same alternating rounds."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -17,57 +10,39 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 
-OURS, BASE = "clinfast", "stock"
-PEERS = {
-    "stock": "transformers (stock)",
-    "torch_compile": "torch.compile",
-    "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
-    "ctranslate2": "CTranslate2",
-    "clinfast": "clinfast",
-}
+from clinfast.bench.contenders import LABELS
+from clinfast.bench.race import BASE, OURS
+
 COLOURS = {
     "stock": "#d5dae1",
     "torch_compile": "#bcc5d1",
     "onnxruntime": "#a0aebf",
+    "onnxruntime_int8": "#93a3b6",
     "openvino": "#8496ac",
     "ctranslate2": "#687e98",
+    "ctranslate2_int8": "#566b85",
     "clinfast": "#e4572e",
 }
-CELLS = ("1x16", "1x128", "1x384", "8x128", "ragged32")
 INK, SOFT, GRID = "#1f2933", "#616e7c", "#e7ebf0"
-MODELS = {"bert-base": "BERT-base", "minilm": "all-MiniLM-L6-v2"}
 GROUP_WIDTH = 0.86
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", default="bert-base", choices=MODELS)
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
-    options = parser.parse_args()
-    results = json.loads(options.results.read_text())
-    cells = [
-        results["cells"][key]
-        for name in CELLS
-        if (key := f"{options.model}/{options.precision}/{name}") in results["cells"]
-    ]
-    if not cells:
-        raise SystemExit(f"{options.results} has no cell of {options.model} {options.precision}")
-    figure = draw(cells, results["environments"][cells[-1]["environment"]], options.model, options.precision)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out, dpi=200, facecolor="white")
+def draw(cells: list[dict[str, Any]], environment: dict[str, Any], model: str, precision: str) -> Figure:
+    """One group of bars a cell.
 
-
-def draw(cells: list[dict[str, Any]], environment: dict[str, Any], model: str, precision: str) -> plt.Figure:
+    Args:
+        cells: entries of a result file, of one model and precision.
+        environment: where they were measured.
+        model: its name in the title.
+    """
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK})
     figure, axes = plt.subplots(figsize=(9.0, 5.1))
     figure.subplots_adjust(left=0.058, right=0.988, top=0.79, bottom=0.275)
-    names = [name for name in PEERS if any(speed(cell, name) is not None for cell in cells)]
+    names = [name for name in COLOURS if any(speed(cell, name) is not None for cell in cells)]
     top = max(value for cell in cells for name in names if (value := speed(cell, name)) is not None)
     for place, name in enumerate(names):
         bars(axes, cells, name, place, len(names), top)
@@ -87,7 +62,7 @@ def draw(cells: list[dict[str, Any]], environment: dict[str, Any], model: str, p
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color("#9aa5b1")
-    title = f"{MODELS[model]} on a CPU, {precision}: speed relative to stock transformers"
+    title = f"{model} on a CPU, {precision}: speed relative to stock transformers"
     figure.text(0.018, 0.945, title, fontsize=14.5, fontweight="bold", va="center")
     subtitle = "Higher is better. Under each group: time of a batch, stock → clinfast."
     figure.text(0.018, 0.898, subtitle, fontsize=10, color=SOFT, va="center")
@@ -104,7 +79,7 @@ def draw(cells: list[dict[str, Any]], environment: dict[str, Any], model: str, p
         columnspacing=1.4,
     )
     for entry in legend.get_texts():
-        if entry.get_text() == PEERS[OURS]:
+        if entry.get_text() == LABELS[OURS]:
             entry.set_fontweight("bold")
     figure.text(0.018, 0.025, small_print(cells, environment), fontsize=7.6, color=SOFT, linespacing=1.5)
     return figure
@@ -114,7 +89,7 @@ def bars(axes: Axes, cells: list[dict[str, Any]], name: str, place: int, count: 
     """One contender's bar in every group, with its figure above."""
     width = GROUP_WIDTH / count
     ours = name == OURS
-    legend: str | None = PEERS[name]
+    legend: str | None = LABELS[name]
     for group, cell in enumerate(cells):
         value = speed(cell, name)
         x = group - GROUP_WIDTH / 2 + (place + 0.5) * width
@@ -147,7 +122,7 @@ def label(cell: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The lines under a group with their styles: the batch, its lengths, the times."""
     size, longest = cell["batch_size"], cell["padded_length"]
     notes = "1 note" if size == 1 else f"{size} notes"
-    if re.fullmatch(r"\d+x\d+", cell["cell"]):
+    if cell["tokens_real"] == cell["tokens_padded"]:
         lengths = f"{longest} tokens" if size == 1 else f"{longest} tokens each"
     else:
         padding = 1 - cell["tokens_real"] / cell["tokens_padded"]
@@ -191,7 +166,3 @@ def small_print(cells: list[dict[str, Any]], environment: dict[str, Any]) -> str
         f"{first}\n{second}\nEach in its own process, alternating rounds, the others stopped; "
         "median of the ratios round by round. Output checked against fp64 before timing."
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from clinfast.bench.cells import CELLS
-from clinfast.bench.contenders import CONTENDERS
+from clinfast.bench.contenders import CONTENDERS, LABELS
 from clinfast.bench.race import BASE, OURS
 
 BUSY_OTHERS = 0.1
@@ -76,3 +77,48 @@ def in_order(names: Iterable[str], known: Iterable[str]) -> list[str]:
     """Known names in their usual order, then the others as they come."""
     found = list(names)
     return [name for name in known if name in found] + [name for name in found if name not in set(known)]
+
+
+def cost_table(title: str, cells: dict[str, dict[str, Any]]) -> Table:
+    """One section a cell: time, rate, speed against stock, error, and what a million such notes cost."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in ("ms", "notes/s", "times\nstock", "error,\nfloat64", "CPU-hours per\nmillion notes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for column in cells:
+        entry = cells[column]
+        table.add_row(f"[cyan]{shape(entry)}[/]")
+        for name in in_order(entry["contenders"], CONTENDERS):
+            contender = entry["contenders"][name]
+            style = "bold" if name == OURS else "" if is_racer(name) else "dim"
+            table.add_row(f"  {LABELS.get(name, name)}", *_cost(contender), style=style)
+        table.add_section()
+    return table
+
+
+def shape(entry: dict[str, Any]) -> str:
+    size, longest = entry["batch_size"], entry["padded_length"]
+    notes = f"{size} note{'' if size == 1 else 's'}"
+    if entry["tokens_real"] == entry["tokens_padded"]:
+        return f"{entry['cell']}: {notes} of {longest} tokens"
+    padding = 1 - entry["tokens_real"] / entry["tokens_padded"]
+    return f"{entry['cell']}: {notes} of up to {longest} tokens, {padding:.0%} padding"
+
+
+def _cost(contender: dict[str, Any]) -> list[str]:
+    if contender["status"] != "ok":
+        return ["skipped"]
+    mark = "*" if contender["others_cores"] > BUSY_OTHERS else ""
+    errors = [error["relative"] for error in contender["error"].values()]
+    ratio = contender.get("over_stock")
+    return [
+        milliseconds(contender["median_ms"]) + mark,
+        rate(contender["notes_per_second"]),
+        f"{1 / ratio['median']:.2f}" if ratio else "",
+        f"{max(errors):.1e}" if errors else "",
+        rate(contender["cpu_hours_per_million_notes"]),
+    ]
+
+
+def rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"

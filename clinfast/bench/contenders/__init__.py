@@ -27,6 +27,17 @@ CONTENDERS: dict[str, type[Contender]] = {cls.name: cls for cls in _CLASSES}
 
 # In order of the tables. Quantised ones compute other numbers, and run when named.
 PEERS = ("torch_compile", "onnxruntime", "openvino", "ctranslate2")
+LABELS = {
+    "stock": "transformers (stock)",
+    "torch_compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "onnxruntime_int8": "ONNX Runtime int8",
+    "openvino": "OpenVINO",
+    "ctranslate2": "CTranslate2",
+    "ctranslate2_int8": "CTranslate2 int8",
+    "clinfast": "clinfast",
+    "gemm_floor": "linears alone",
+}
 DEFAULT_CONTENDERS: tuple[str, ...] = tuple(name for name in CONTENDERS if not name.endswith("_int8"))
 
 
