@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MultipleLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
 from clinfast.bench.contenders import LABELS
 from clinfast.bench.race import BASE, OURS
@@ -54,7 +54,7 @@ def draw(cells: list[dict[str, Any]], environment: dict[str, Any], model: str, p
             )
     axes.set_xlim(-0.5, len(cells) - 0.5)
     axes.set_ylim(0, top * 1.1)
-    axes.yaxis.set_major_locator(MultipleLocator(1 if top <= 8 else 2 if top <= 16 else 5))
+    axes.yaxis.set_major_locator(MultipleLocator(1 if top <= 8 else 2) if top <= 16 else MaxNLocator(8, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{TIMES}"))
     axes.tick_params(length=0, pad=6, colors=SOFT)
     axes.grid(axis="y", color=GRID, linewidth=0.9)
@@ -63,7 +63,7 @@ def draw(cells: list[dict[str, Any]], environment: dict[str, Any], model: str, p
         spine.set_visible(side == "bottom")
         spine.set_color("#9aa5b1")
     title = f"{model} on a CPU, {precision}: speed relative to stock transformers"
-    figure.text(0.018, 0.945, title, fontsize=14.5, fontweight="bold", va="center")
+    figure.text(0.018, 0.945, title, fontsize=min(14.5, 14.5 * 76 / len(title)), fontweight="bold", va="center")
     subtitle = "Higher is better. Under each group: time of a batch, stock → clinfast."
     figure.text(0.018, 0.898, subtitle, fontsize=10, color=SOFT, va="center")
     legend = figure.legend(

@@ -59,6 +59,9 @@ def run(options: argparse.Namespace) -> int:
             with Race(source, precision, contenders, threads, progress.say) as race:
                 if BASE in race.absent:
                     raise BadInput(race.absent[BASE])
+                if OURS in race.absent:
+                    failures.append(f"{precision}: {OURS} cannot run this model: {race.absent[OURS]}")
+                    continue
                 for cell, batch in tasks:
                     try:
                         record = run_cell(race, cell, options.rounds, progress, batch)
@@ -68,8 +71,6 @@ def run(options: argparse.Namespace) -> int:
                         record["inputs"] = "random ids" if batch is None else "texts"
                         results.merge(found, record, surroundings)
                     progress.cell_done()
-                if OURS in race.absent:
-                    failures.append(f"{precision}: {OURS} cannot run this model: {race.absent[OURS]}")
     return _show(options, found, failures, out)
 
 
