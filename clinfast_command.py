@@ -76,7 +76,8 @@ def parser() -> argparse.ArgumentParser:
     )
     verify.add_argument(
         "--threshold", type=difference, metavar="X",
-        help="largest difference from stock that passes (default: our error at most twice stock's own)",
+        help="largest difference from stock that passes, in every precision that is measured (default: our error at "
+        "most twice stock's own)",
     )  # fmt: skip
     verify.add_argument("--batch-size", type=whole, default=8, metavar="N", help="notes a batch (8)")
     verify.add_argument("--max-length", type=whole, metavar="N", help="cut notes at N tokens (the model's longest)")

@@ -81,7 +81,7 @@ def in_order(names: Iterable[str], known: Iterable[str]) -> list[str]:
 
 def cost_table(title: str, cells: dict[str, dict[str, Any]]) -> Table:
     """One section a cell: time, rate, speed against stock, error, and what a million such notes cost."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for heading in ("ms", "notes/s", "times\nstock", "error,\nfloat64", "CPU-hours per\nmillion notes"):
         table.add_column(heading, justify="right", no_wrap=True)

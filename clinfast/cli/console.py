@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 import clinfast
 from clinfast.model_folder import BadInput
@@ -52,6 +53,15 @@ def machine() -> Info:
 
 def facts() -> dict[str, Any]:
     return dataclasses.asdict(machine())
+
+
+def facts_table() -> Table:
+    """Names and facts in two columns, after a blank line."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row()
+    return table
 
 
 def count(number: int, noun: str) -> str:

@@ -55,11 +55,8 @@ def head_of(suffix: str) -> str:
 
 
 def _machine(found: Info) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = console.facts_table()
     cores, threads = console.count(found.cores, "core"), console.count(found.threads, "thread")
-    table.add_row()
     table.add_row("processor", f"{found.cpu}, {cores}, {threads}")
     others = [isa for isa in found.isas if isa != found.isa]
     table.add_row("kernels", found.isa + (f" [dim](also here: {', '.join(others)})[/]" if others else ""))

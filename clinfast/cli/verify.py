@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     measurement = _measure(sides, notes, options)
     rows, compositions = measurement.rows, measurement.compositions
     passed = all(row.passed for row in rows) and all(part.passed for part in compositions)
-    out.print(f"\n{_opening(folder, notes, options.texts)}\n", soft_wrap=True)
+    out.print(_opening(folder, notes, options.texts))
     out.print(error_table(rows))
     out.print(composition_table(compositions))
     out.print(verdict(rows, compositions, options.threshold), soft_wrap=True)
@@ -87,20 +87,22 @@ def _measure(sides: Sides, notes: Notes, options: argparse.Namespace) -> Measure
     return measurement
 
 
-def _opening(folder: ModelFolder, notes: Notes, texts: Path) -> str:
-    cut = f"{notes.cut} of them longer and cut" if notes.cut else "none longer"
-    return (
-        f"[bold]{escape(folder.name)}[/] ({escape(folder.architecture)}), {console.count(len(notes), 'note')} of "
-        f"{escape(str(texts))}, at most {notes.longest} tokens, {cut}"
-    )
+def _opening(folder: ModelFolder, notes: Notes, texts: Path) -> Table:
+    cut = f"{notes.cut:,} of them longer, and cut" if notes.cut else "none longer"
+    table = console.facts_table()
+    table.add_row("model", f"{escape(folder.name)}, {escape(folder.architecture)}")
+    table.add_row("notes", f"{len(notes):,} of {escape(str(texts))}")
+    table.add_row("length", f"at most {notes.longest} tokens, {cut}\n")
+    return table
 
 
 def error_table(rows: list[Row]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="errors, largest absolute", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="bold")
+    table.title = "largest error against float64, and largest difference from stock"
     labelled = any(row.tally.labels for row in rows)
     for heading in ("precision", "padding", "padded to", "tokens"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("notes", "ours,\nfloat64", "stock's,\nfloat64", "ours,\nstock"):
+    for heading in ("notes", "error,\nours", "error,\nstock", "from\nstock"):
         table.add_column(heading, justify="right", no_wrap=True)
     if labelled:
         table.add_column("labels\nagree", justify="right", no_wrap=True)
@@ -129,8 +131,9 @@ def _mark(row: Row) -> str:
 
 def composition_table(compositions: list[Composition]) -> Table:
     table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title="same bits as in batches sorted by length", title_justify="left"
-    )
+        box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="bold",
+        title="same bits as in batches sorted by length",
+    )  # fmt: skip
     for heading in ("precision", "batches"):
         table.add_column(heading, no_wrap=True)
     for heading in ("notes", "same bits"):

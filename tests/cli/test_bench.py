@@ -5,9 +5,9 @@ import os
 
 import bert_models
 import pytest
-import tiny
 
 from clinfast.bench import cache, results
+from clinfast.bench.race import ParityError
 from clinfast.bench.tables import cost_table
 from clinfast.cli import bench as command
 from clinfast_command import main
@@ -19,6 +19,7 @@ def bench(folder, *options):
     return main(["bench", str(folder), *map(str, options)])
 
 
+@pytest.mark.slow
 def test_a_race(folder, notes, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv(cache.VARIABLE, raising=False)
     file, plot = tmp_path / "out.json", tmp_path / "speed.svg"
@@ -45,18 +46,46 @@ def test_a_race(folder, notes, tmp_path, capsys, monkeypatch):
     assert cell["contenders"]["clinfast"]["notes"]["kernel_calls"]
 
 
-def test_a_model_that_is_refused_fails(tmp_path, capsys):
-    folder = tiny.save(tmp_path / "model", hidden_act="silu")
-    assert bench(folder, "--cells", "1x4", *QUICK) == 1
-    out = capsys.readouterr().out
-    assert "FAILED  fp32: clinfast cannot run this model: " in out and "hidden_act" in out
+def without(monkeypatch, **absent):
+    """A race of which these could not be loaded."""
+
+    class Stub:
+        def __init__(self, *_):
+            self.absent = absent
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(command, "Race", Stub)
 
 
-def test_broken_weights_are_bad_input(folder, capsys):
-    (folder / "model.safetensors").write_bytes(b"no weights")
+def test_a_model_that_is_refused_fails(folder, monkeypatch, tmp_path, capsys):
+    without(monkeypatch, clinfast="hidden_act 'silu' is not served")
+    assert bench(folder, "--cells", "1x4", "--json", tmp_path / "out.json", *QUICK) == 1
+    said = "fp32: clinfast cannot run this model: hidden_act 'silu' is not served"
+    assert capsys.readouterr().out == f"FAILED  {said}\n"
+    assert json.loads((tmp_path / "out.json").read_text())["failures"] == [said]
+
+
+def test_broken_weights_are_bad_input(folder, monkeypatch, capsys):
+    without(monkeypatch, stock="the weights cannot be read: incomplete metadata")
     assert bench(folder, "--cells", "1x4", *QUICK) == 2
     out, err = capsys.readouterr()
-    assert not out and err.count("\n") == 1 and "the weights in" in err and "cannot be read" in err
+    assert not out and err == "clinfast bench: the weights cannot be read: incomplete metadata\n"
+
+
+def test_inexact_results_fail(folder, monkeypatch, capsys):
+    without(monkeypatch)
+
+    def inexact(*_):
+        raise ParityError("deid fp32 1x4: clinfast has a relative error of 1 in logits")
+
+    monkeypatch.setattr(command, "run_cell", inexact)
+    assert bench(folder, "--cells", "1x4", *QUICK) == 1
+    assert capsys.readouterr().out == "FAILED  deid fp32 1x4: clinfast has a relative error of 1 in logits\n"
 
 
 @pytest.mark.parametrize(

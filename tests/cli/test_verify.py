@@ -83,9 +83,9 @@ def test_long_notes_are_cut_and_said_so(folder, tmp_path, capsys):
     for number, text in enumerate(tiny.texts((5, 200, 300))):
         (long / f"{number}.txt").write_text(text + "\n")
     assert verify(folder, long, "--precision", "fp32") == 0
-    assert "at most 64 tokens, 2 of them longer and cut" in capsys.readouterr().out
+    assert "at most 64 tokens, 2 of them longer, and cut" in capsys.readouterr().out
     assert verify(folder, long, "--precision", "fp32", "--max-length", 12) == 0
-    assert "at most 12 tokens, 2 of them longer and cut" in capsys.readouterr().out
+    assert "at most 12 tokens, 2 of them longer, and cut" in capsys.readouterr().out
 
 
 def test_jsonl(folder, tmp_path):
