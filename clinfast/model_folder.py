@@ -170,20 +170,32 @@ class ModelFolder:
             options: further ones of `from_pretrained`.
 
         Raises:
-            BadInput: see `model_class`; or the weights cannot be read.
+            BadInput: see `model_class`; or the weights cannot be read, or lack a part of that class.
         """
         import torch
 
         cls = self.model_class()
         quiet_transformers()
-        torch.manual_seed(0)  # a pooler or head that the file lacks is random, and is to be so alike everywhere
+        torch.manual_seed(0)  # a pooler that the file lacks is random, and is to be so alike everywhere
         name = "dtype" if _takes_dtype() else "torch_dtype"
         try:
-            model = cls.from_pretrained(
-                self.folder, local_files_only=True, **{name: "auto" if dtype is None else dtype}, **options
+            model, info = cls.from_pretrained(
+                self.folder,
+                local_files_only=True,
+                output_loading_info=True,
+                **{name: "auto" if dtype is None else dtype},
+                **options,
             )
         except Exception as error:
             raise BadInput(f"the weights in {self.folder} cannot be read: {first_line(error)}") from error
+        # Many published encoders come without a pooler, which their users do not read.
+        named = {name for name, _ in model.named_parameters() if "pooler." not in name}
+        if lacking := sorted(named & set(info["missing_keys"])):
+            others = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+            raise BadInput(
+                f"the weights in {self.folder} lack {lacking[0]}{others}, so a {self.architecture} would run on "
+                "random numbers"
+            )
         return model.eval()
 
     def load_tokenizer(self) -> Any:

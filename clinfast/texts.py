@@ -15,7 +15,10 @@ def read_texts(path: Path) -> list[str]:
         BadInput: it is missing, unreadable, not UTF-8, not of a known kind, or holds no note.
     """
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix == ".txt" and file.is_file())
+        try:
+            files = sorted(file for file in path.iterdir() if file.suffix == ".txt" and file.is_file())
+        except OSError as error:
+            raise BadInput(f"{path} cannot be read: {error.strerror}") from error
         if not files:
             raise BadInput(f"there is no .txt file in the folder {path}")
         texts = [_content(file) for file in files]

@@ -1,1 +1,1 @@
-"""Races between ways to run a model: each in a process of its own, checked against fp64, timed in alternating rounds."""
+"""Races between ways to run a model: processes of their own, outputs checked against fp64, alternating rounds."""

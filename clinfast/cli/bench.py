@@ -65,9 +65,12 @@ def run(options: argparse.Namespace) -> int:
                 for cell, batch in tasks:
                     try:
                         record = run_cell(race, cell, options.rounds, progress, batch)
-                    except ParityError as error:
+                    except (ParityError, cache.BuildError) as error:
                         failures.append(str(error))
                     else:
+                        ours = record["contenders"][OURS]
+                        if ours["status"] != "ok":
+                            failures.append(f"{precision} {cell.name}: {OURS} cannot run it: {ours['reason']}")
                         record["inputs"] = "random ids" if batch is None else "texts"
                         results.merge(found, record, surroundings)
                     progress.cell_done()
@@ -178,7 +181,9 @@ def _plot(options: argparse.Namespace, found: results.Results, groups: dict[str,
     from clinfast.bench.plot import draw
 
     for place, (precision, cells) in enumerate(groups.items()):
-        entries = list(cells.values())
+        entries = [entry for entry in cells.values() if "over_stock" in entry["contenders"][OURS]]
+        if not entries:
+            continue
         # One figure a precision; the first has the name that was asked for.
         file = options.plot if place == 0 else options.plot.with_stem(f"{options.plot.stem}-{precision}")
         figure = draw(entries, found["environments"][entries[-1]["environment"]], entries[0]["model"], precision)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 import clinfast
 from clinfast.engine.encoder import Encoder
@@ -212,6 +213,13 @@ def weights_of_another(folder, notes):
     shutil.copy(other / "model.safetensors", folder)
 
 
+def without_classifier(folder, notes):
+    weights = load_file(folder / "model.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 BAD = {
     "no-folder": (lambda folder, notes: shutil.rmtree(folder), "model folder {folder} does not exist"),
     "no-config": (remove("config.json"), "holds no config.json"),
@@ -228,6 +236,7 @@ BAD = {
         lambda folder, notes: (folder / "model.safetensors").write_bytes(b"no weights"), "cannot be read",
     ),
     "other-weights": (weights_of_another, "the weights in {folder} cannot be read"),
+    "no-classifier": (without_classifier, "lack classifier.bias and 1 more, so a BertForTokenClassification would"),
     "no-tokenizer": (remove("tokenizer*", "vocab*"), "{folder} holds no tokenizer"),
     "broken-tokenizer": (lambda folder, notes: (folder / "tokenizer.json").write_text("{"), "tokenizer in"),
     "no-texts": (lambda folder, notes: notes.unlink(), "{notes} cannot be read: No such file"),
@@ -299,3 +308,14 @@ def test_a_fast_path_that_the_canary_rejects_is_no_pass(folder, notes, monkeypat
     shift(monkeypatch, lambda x: x + 1.0)
     assert verify(folder, notes) == 1
     assert "runs stock: the canary batch differs from stock" in capsys.readouterr().out
+
+
+def test_an_encoder_that_comes_without_a_pooler(tmp_path, notes):
+    folder = tiny.save(tmp_path / "model", "no-pooler")
+    assert verify(folder, notes, "--precision", "fp32") == 0
+
+
+def test_a_half_precision_model(tmp_path, notes):
+    file = tmp_path / "out.json"
+    assert verify(tiny.save(tmp_path / "model", dtype=torch.float16), notes, "--json", file) == 0
+    assert {row["precision"] for row in json.loads(file.read_text())["rows"]} == {"fp32", "bf16"}
