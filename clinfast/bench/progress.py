@@ -46,6 +46,7 @@ class RaceProgress:
             TextColumn("left"),
             console=console,
             auto_refresh=False,
+            transient=not lines,
             disable=not console.is_terminal,
         )
         self.lines = lines and not console.is_terminal

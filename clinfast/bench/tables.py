@@ -81,13 +81,14 @@ def in_order(names: Iterable[str], known: Iterable[str]) -> list[str]:
 
 def cost_table(title: str, cells: dict[str, dict[str, Any]]) -> Table:
     """One section a cell: time, rate, speed against stock, error, and what a million such notes cost."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = narrow_table(title)
     table.add_column("", no_wrap=True)
-    for heading in ("ms", "notes/s", "times\nstock", "error,\nfloat64", "CPU-hours per\nmillion notes"):
+    for heading in ("ms", "notes/s", "times\nstock", "error", "CPU-hours per\nmillion notes"):
         table.add_column(heading, justify="right", no_wrap=True)
     for column in cells:
         entry = cells[column]
-        table.add_row(f"[cyan]{shape(entry)}[/]")
+        padding = 1 - entry["tokens_real"] / entry["tokens_padded"]
+        table.add_row(f"[cyan]{column}{f', {padding:.0%} padding' if padding else ''}[/]")
         for name in in_order(entry["contenders"], CONTENDERS):
             contender = entry["contenders"][name]
             style = "bold" if name == OURS else "" if is_racer(name) else "dim"
@@ -96,13 +97,23 @@ def cost_table(title: str, cells: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def shape(entry: dict[str, Any]) -> str:
-    size, longest = entry["batch_size"], entry["padded_length"]
-    notes = f"{size} note{'' if size == 1 else 's'}"
-    if entry["tokens_real"] == entry["tokens_padded"]:
-        return f"{entry['cell']}: {notes} of {longest} tokens"
-    padding = 1 - entry["tokens_real"] / entry["tokens_padded"]
-    return f"{entry['cell']}: {notes} of up to {longest} tokens, {padding:.0%} padding"
+def narrow_table(title: str) -> Table:
+    """Fits eighty columns."""
+    left: Any = {"title_justify": "left", "title_style": "bold", "padding": (0, 1, 0, 0)}
+    return Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, **left)
+
+
+def legend(cells: dict[str, dict[str, Any]]) -> Iterable[str]:
+    """What the columns and the cells are."""
+    yield "ms: median of a batch; times stock: speed, round by round; error: largest relative, against float64"
+    for name, entry in cells.items():
+        if entry["tokens_real"] != entry["tokens_padded"]:
+            what = f"of {entry['inputs']}, " if "inputs" in entry else ""
+            mean = entry["tokens_real"] / entry["batch_size"]
+            yield (
+                f"{name}: {entry['batch_size']} notes {what}{mean:.0f} tokens in the mean, "
+                f"padded to {entry['padded_length']}"
+            )
 
 
 def _cost(contender: dict[str, Any]) -> list[str]:

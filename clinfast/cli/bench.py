@@ -21,7 +21,7 @@ from clinfast.bench.environment import environment
 from clinfast.bench.progress import RaceProgress, run_cell
 from clinfast.bench.race import BASE, OURS, ParityError, Race
 from clinfast.bench.sources import PRECISIONS, ModelSource
-from clinfast.bench.tables import cost_table, remarks
+from clinfast.bench.tables import cost_table, legend, remarks
 from clinfast.cli import console
 from clinfast.cli.notes import Notes, tokenize
 from clinfast.engine.concurrency import available_cores
@@ -166,7 +166,8 @@ def _show(options: argparse.Namespace, found: results.Results, failures: list[st
         title = f"{escape(model)}, {precision}, {console.count(threads, 'thread')}"
         out.print()
         out.print(cost_table(title, cells))
-        for line in remarks(cells):
+        out.print()
+        for line in (*legend(cells), *remarks(cells)):
             out.print(line, style="dim", markup=False, soft_wrap=True)
     if options.json is not None:
         console.write_json(options.json, {**results.rounded(found), "failures": failures})

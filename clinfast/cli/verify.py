@@ -7,12 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from clinfast.bench.tables import narrow_table
 from clinfast.cli import console
 from clinfast.cli.measure import Composition, Measurement, Row
 from clinfast.cli.notes import Notes, tokenize
@@ -54,7 +54,9 @@ def run(options: argparse.Namespace) -> int:
     passed = all(row.passed for row in rows) and all(part.passed for part in compositions)
     out.print(_opening(folder, notes, options.texts))
     out.print(error_table(rows))
+    out.print()
     out.print(composition_table(compositions))
+    out.print()
     out.print(verdict(rows, compositions, options.threshold), soft_wrap=True)
     _write(
         options.json,
@@ -97,10 +99,9 @@ def _opening(folder: ModelFolder, notes: Notes, texts: Path) -> Table:
 
 
 def error_table(rows: list[Row]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="bold")
-    table.title = "largest error against float64, and largest difference from stock"
+    table = narrow_table("largest error against float64, and largest difference from stock")
     labelled = any(row.tally.labels for row in rows)
-    for heading in ("precision", "padding", "padded to", "tokens"):
+    for heading in ("dtype", "padding", "width", "tokens"):
         table.add_column(heading, no_wrap=True)
     for heading in ("notes", "error,\nours", "error,\nstock", "from\nstock"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -120,21 +121,20 @@ def error_table(rows: list[Row]) -> Table:
 
 def percent(part: int, whole: int) -> str:
     """Never 100% where one is missing."""
-    return f"{math.floor(part / whole * 1e4) / 100:.2f}%" if whole else ""
+    if part == whole:
+        return "100%" if whole else ""
+    return f"{math.floor(part / whole * 1e4) / 100:.2f}%"
 
 
 def _mark(row: Row) -> str:
     if row.stock_calls:
-        return f"[red]{row.stock_calls.total()} calls ran stock[/]"
-    return "[green]ok[/]" if row.passed else "[bold red]too far[/]"
+        return "[red]stock[/]"
+    return "[green]ok[/]" if row.passed else "[bold red]far[/]"
 
 
 def composition_table(compositions: list[Composition]) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="bold",
-        title="same bits as in batches sorted by length",
-    )  # fmt: skip
-    for heading in ("precision", "batches"):
+    table = narrow_table("same bits as in batches sorted by length")
+    for heading in ("dtype", "batches"):
         table.add_column(heading, no_wrap=True)
     for heading in ("notes", "same bits"):
         table.add_column(heading, justify="right", no_wrap=True)
