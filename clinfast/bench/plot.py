@@ -160,7 +160,8 @@ def small_print(cells: list[dict[str, Any]], environment: dict[str, Any]) -> str
         )
         if versions.get(name, "absent") != "absent"
     )
-    first = f"{processor['name']}{generation}, {environment['threads']} threads for everybody, {isa}"
+    threads = f"{environment['threads']} thread{'' if environment['threads'] == 1 else 's'}"
+    first = f"{processor['name']}{generation}, {threads} for everybody, {isa}"
     second = f"clinfast {ours}{commit}, {peers}" if ours else peers
     return (
         f"{first}\n{second}\nEach in its own process, alternating rounds, the others stopped; "
