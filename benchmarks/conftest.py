@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def race_options(pytestconfig: pytest.Config) -> RaceOptions:
-    from benchmarks.harness.contenders import DEFAULT_CONTENDERS
+    from clinfast.bench.contenders import DEFAULT_CONTENDERS
 
     named = pytestconfig.getoption("--race-contenders")
     return RaceOptions(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -38,15 +38,54 @@ def batches_of(inputs: Any) -> list[dict[str, Any]]:
     return [dict(batch) for batch in batches]
 
 
-class _Tally:
-    """Extremes over all outputs of all batches. A NaN counts as an infinite difference."""
+Outputs = Mapping[str, Tensor]
+SPAN_LOGITS = ("start_logits", "end_logits")
 
-    def __init__(self) -> None:
+
+class Tally:
+    """Extremes over all outputs of all batches. A NaN counts as an infinite difference.
+
+    `per_token` names the outputs that are [B, S, ...], of which pads have no part; None goes by their shapes.
+    """
+
+    def __init__(self, per_token: Collection[str] | None = None) -> None:
+        self.per_token = per_token
         self.worst = self.ours_error = self.stock_error = self.scale = 0.0
         self.cosine = 1.0
         self.agreed = self.labels = 0
 
+    def is_per_token(self, name: str, x: Tensor, shape: tuple[int, ...]) -> bool:
+        if self.per_token is not None:
+            return name in self.per_token
+        return x.shape[:2] == shape and (x.dim() > 2 or name in SPAN_LOGITS)
+
+    def add_batch(self, ours: Outputs, stock: Outputs, measure: Outputs, exact: Outputs, mask: Tensor | None) -> None:
+        """
+        Args:
+            measure: the outputs whose error ours is held against: stock's in the precision that ours computes in.
+
+        Raises:
+            RuntimeError: an output is missing, or has another shape than stock's.
+        """
+        for name in stock:
+            if name not in ours or ours[name].shape != stock[name].shape:
+                raise RuntimeError(
+                    f"stock returns {name} {describe(stock[name])}, the fast path {describe(ours.get(name))}"
+                )
+            self.add(name, ours[name], stock[name], measure[name], exact[name], mask)
+
+    def passed(self, tolerance: float | None, eps: float, stock_error: float | None = None) -> bool:
+        """Within `tolerance`; without one, at most twice stock's error (or `stock_error`, if that is given)."""
+        if math.isinf(self.worst):
+            return False
+        if tolerance is not None:
+            return self.worst <= tolerance
+        allowed = self.stock_error if stock_error is None else stock_error
+        return self.ours_error <= 2 * allowed + eps * self.scale
+
     def add(self, name: str, ours: Tensor, stock: Tensor, measure: Tensor, exact: Tensor, mask: Tensor | None) -> None:
+        if mask is not None and not self.is_per_token(name, exact, mask.shape):
+            mask = None
         self.worst = max(self.worst, _difference(ours, stock, mask))
         self.ours_error = max(self.ours_error, _difference(ours, exact, mask))
         self.stock_error = max(self.stock_error, _difference(measure, exact, mask))
@@ -73,30 +112,21 @@ def verify_module(module: nn.Module, inputs: Any, tolerance: float | None) -> Ve
     encoder = forward.encoder
     computed = torch.finfo(encoder.dtype)
     before = dict(forward.fallbacks)
-    tally = _Tally()
+    tally = Tally(forward.match.per_token)
     with torch.no_grad(), evaluating(module):
         exact_model = copy.deepcopy(module).double()
         lower = computed.eps > torch.finfo(encoder.model_dtype).eps
         measure_model = copy.deepcopy(module).to(encoder.dtype) if lower else None
         for batch in batches:
             batch.pop(POSITIONS, None)
-            padding = batch.get("attention_mask")
             ours = tensors_of(module(**batch))
             stock = tensors_of(patch.stock_forward(module, **batch))
             exact = tensors_of(exact_model(**batch))
             measure = stock if measure_model is None else tensors_of(measure_model(**batch))
-            for name in stock:
-                if name not in ours or ours[name].shape != stock[name].shape:
-                    raise RuntimeError(
-                        f"stock returns {name} {describe(stock[name])}, the fast path {describe(ours.get(name))}"
-                    )
-                mask = padding if name in forward.match.per_token else None
-                tally.add(name, ours[name], stock[name], measure[name], exact[name], mask)
+            tally.add_batch(ours, stock, measure, exact, batch.get("attention_mask"))
     new = {k: n - before.get(k, 0) for k, n in forward.fallbacks.items() if n > before.get(k, 0)}
-    floor = max(computed.eps, torch.finfo(encoder.model_dtype).eps) * tally.scale
-    passed = tally.worst <= tolerance if tolerance is not None else tally.ours_error <= 2 * tally.stock_error + floor
     return Verification(
-        passed=passed and not math.isinf(tally.worst),
+        passed=tally.passed(tolerance, max(computed.eps, torch.finfo(encoder.model_dtype).eps)),
         tolerance=tolerance,
         max_difference=tally.worst,
         ours_error=tally.ours_error,
@@ -123,7 +153,7 @@ def real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def labels_of(name: str, x: Tensor, mask: Tensor | None) -> Tensor | None:
     """What a user would read off an output: the best class, or position of a span, or None."""
-    if name in ("start_logits", "end_logits"):
+    if name in SPAN_LOGITS:
         return (x if mask is None else x.masked_fill(~mask.bool(), -math.inf)).argmax(-1)
     if not name.endswith("logits"):
         return None

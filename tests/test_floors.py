@@ -19,12 +19,16 @@ FLOORS = {
     "forward": 4,
     "reason": 4,
     "snapshot": 4,
+    "__main__": 5,
     "api": 5,
     "canary": 5,
+    "bench": 5,
     "cli": 5,
     "demo": 5,
     "integrations": 5,
+    "model_folder": 5,
     "report": 5,
+    "texts": 5,
     "verify": 5,
 }
 

@@ -1,29 +1,12 @@
-"""Makes one cached thing: `python -m benchmarks.harness.build WHAT... FOLDER` (called by `cache.ensure`)."""
+"""Makes the weights of one model: `python -m benchmarks.harness.build NAME FOLDER` (called by `cache.ensure`)."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
-from benchmarks.harness.cells import parse_cell
-from benchmarks.harness.contenders import contender_class
-from benchmarks.harness.reference import save_reference
-from benchmarks.harness.sources import model_source, save_bert_base
-
-
-def main(arguments: list[str]) -> None:
-    threads = int(os.environ["OMP_NUM_THREADS"])
-    match arguments:
-        case ["model", "bert-base", folder]:
-            save_bert_base(Path(folder))
-        case ["reference", model, precision, cell, folder]:
-            save_reference(model_source(model, threads), precision, parse_cell(cell), Path(folder))
-        case ["artefact", contender, model, precision, folder]:
-            contender_class(contender).build(model_source(model, threads), precision, Path(folder))
-        case _:
-            raise SystemExit(f"cannot build {' '.join(arguments)!r}")
-
+from benchmarks.harness.sources import save_bert_base
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    name, folder = sys.argv[1:]
+    {"bert-base": save_bert_base}[name](Path(folder))

@@ -5,21 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from benchmarks.harness import results
-from benchmarks.harness.cells import CELLS, Cell, parse_cell
-from benchmarks.harness.contenders import DEFAULT_CONTENDERS, contender_class
-from benchmarks.harness.environment import environment
 from benchmarks.harness.goals import GOALS_FILE
-from benchmarks.harness.race import ParityError, Race
-from benchmarks.harness.sources import MODELS, PRECISIONS
+from benchmarks.harness.sources import MODELS, model_source
 from benchmarks.harness.tables import print_results
-
-DESCRIPTION_WIDTH = 44
+from clinfast.bench import results
+from clinfast.bench.cells import CELLS, Cell, parse_cell
+from clinfast.bench.contenders import DEFAULT_CONTENDERS, contender_class
+from clinfast.bench.environment import environment
+from clinfast.bench.progress import RaceProgress, run_cell
+from clinfast.bench.race import ParityError, Race
+from clinfast.bench.sources import PRECISIONS
 
 
 def names(text: str) -> list[str]:
@@ -82,7 +80,8 @@ def run(options: argparse.Namespace, cells: list[Cell], console: Console) -> lis
     failures = []
     with RaceProgress(console, sum(len(left) for *_, left in plan)) as progress:
         for model, precision, left in plan:
-            with Race(model, precision, options.contenders, options.threads, progress.say) as race:
+            source = model_source(model, options.threads)
+            with Race(source, precision, options.contenders, options.threads, progress.say) as race:
                 for cell in left:
                     try:
                         record = run_cell(race, cell, options.rounds, progress)
@@ -95,65 +94,3 @@ def run(options: argparse.Namespace, cells: list[Cell], console: Console) -> lis
 
 def done(file: Path, model: str, precision: str, cell: Cell) -> bool:
     return results.cell_key(model, precision, cell.name) in results.read(file)["cells"]
-
-
-def run_cell(race: Race, cell: Cell, rounds: int | None, progress: RaceProgress) -> dict[str, Any]:
-    race.enter_cell(cell)
-    rounds = rounds or race.suggested_rounds()
-    where = f"{race.source.name} {race.precision} {cell.name}"
-    progress.begin(rounds * sum(runner.round_seconds for runner in race.runners.values()))
-    for number in range(rounds):
-        for name in race.order(number):
-            progress.show(f"{where} {number + 1}/{rounds} {name}")
-            race.step(name)
-            progress.advance(race.runners[name].round_seconds)
-    return race.record()
-
-
-class RaceProgress:
-    """Drawn only between two rounds, never by a thread of its own: that would take time from a contender."""
-
-    def __init__(self, console: Console, cells: int) -> None:
-        self.progress = Progress(
-            TextColumn(f"{{task.description:<{DESCRIPTION_WIDTH}}}"),
-            BarColumn(bar_width=16),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-            auto_refresh=False,
-            disable=not console.is_terminal,
-        )
-        self.quiet = not console.is_terminal
-        self.count = cells
-        self.cells = self.progress.add_task(f"cell 1 of {cells}", total=cells)
-        self.cell = self.progress.add_task("starting", total=None)
-
-    def __enter__(self) -> RaceProgress:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
-
-    def say(self, text: str) -> None:
-        """A step that takes a while; where there is no terminal it becomes a line."""
-        if self.quiet:
-            self.progress.console.print(text, highlight=False)
-        self.show(text)
-
-    def show(self, text: str) -> None:
-        self.progress.update(self.cell, description=text)
-        self.progress.refresh()
-
-    def begin(self, seconds: float) -> None:
-        self.progress.reset(self.cell, total=round(seconds), completed=0)
-
-    def advance(self, seconds: float) -> None:
-        self.progress.advance(self.cell, seconds)
-
-    def cell_done(self) -> None:
-        self.progress.advance(self.cells)
-        done = int(self.progress.tasks[self.cells].completed)
-        self.progress.update(self.cells, description=f"cell {min(done + 1, self.count)} of {self.count}")
-        self.progress.reset(self.cell, total=None)

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.harness.race import OURS
-from benchmarks.harness.results import Results, cell_key
+from clinfast.bench.race import OURS
+from clinfast.bench.results import Results, cell_key
 
 GOALS_FILE = Path(__file__).resolve().parents[1] / "goals.json"
 BEST_OF = "best_of:"

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness import results
-from benchmarks.harness.cells import parse_cell
-from benchmarks.harness.environment import environment
-from benchmarks.harness.race import OURS, Race
+from benchmarks.harness.sources import model_source
+from clinfast.bench import results
+from clinfast.bench.cells import parse_cell
+from clinfast.bench.environment import environment
+from clinfast.bench.race import OURS, Race
 
 
 class WorkerClock:
@@ -34,7 +35,7 @@ worker_clock = WorkerClock()
 def open_race(request: pytest.FixtureRequest, options: Any) -> Iterator[Race]:
     """The body of a `race` fixture whose parameter is (model, precision)."""
     model, precision = request.param
-    with Race(model, precision, options.contenders, options.threads) as race:
+    with Race(model_source(model, options.threads), precision, options.contenders, options.threads) as race:
         yield race
 
 

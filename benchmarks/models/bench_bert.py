@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness.cells import CELLS
 from benchmarks.harness.pytest_benchmark import open_race, race_cell, worker_clock
-from benchmarks.harness.race import Race
-from benchmarks.harness.sources import PRECISIONS
+from clinfast.bench.cells import CELLS
+from clinfast.bench.race import Race
+from clinfast.bench.sources import PRECISIONS
 
 pytestmark = pytest.mark.benchmark(timer=worker_clock)
 

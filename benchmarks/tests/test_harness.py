@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.harness import cache, goals, process, results
-from benchmarks.harness.cells import CELLS, make_batch, parse_cell
-from benchmarks.harness.contenders import CONTENDERS, contender_class
-from benchmarks.harness.race import ParityError, Race, Runner, ratio
-from benchmarks.harness.reference import output_error
+from benchmarks.harness import goals
 from benchmarks.harness.sources import model_source
+from clinfast.bench import cache, process, results
+from clinfast.bench.cells import CELLS, make_batch, parse_cell
+from clinfast.bench.contenders import CONTENDERS, contender_class
+from clinfast.bench.race import ParityError, Race, Runner, ratio
+from clinfast.bench.reference import output_error
 
 
 def test_ragged_cell_is_what_the_readme_says() -> None:
@@ -122,7 +123,7 @@ def state(pid: int) -> str:
 
 def test_race_holds_its_workers_checks_parity_and_ends_them(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = parse_cell("1x16")
-    with Race("minilm", "bf16", ["stock", "ctranslate2", "gemm_floor"], threads=2) as race:
+    with Race(model_source("minilm", 2), "bf16", ["stock", "ctranslate2", "gemm_floor"], threads=2) as race:
         pids = [worker.pid for worker in race.workers.values()]
         race.enter_cell(cell)
         assert "bf16" in race.skipped["ctranslate2"]
@@ -148,12 +149,12 @@ def test_race_holds_its_workers_checks_parity_and_ends_them(monkeypatch: pytest.
 
 def test_worker_that_dies_is_reported_with_its_last_words() -> None:
     source = model_source("minilm", 2)
-    worker = process.WorkerProcess("gemm_floor", source.name, "fp32", 2)
+    worker = process.WorkerProcess("gemm_floor", source, "fp32", 2)
     try:
         worker.ask("load")
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(process.ContenderFailed, match="code -9"):
-            worker.ask("prepare", "1x16")
+            worker.ask("prepare", make_batch(parse_cell("1x16"), source.vocab_size))
     finally:
         worker.close()
 
@@ -161,14 +162,15 @@ def test_worker_that_dies_is_reported_with_its_last_words() -> None:
 def test_stopped_worker_does_not_outlive_a_killed_parent() -> None:
     script = (
         "import time\n"
-        "from benchmarks.harness.process import WorkerProcess\n"
-        "worker = WorkerProcess('gemm_floor', 'minilm', 'fp32', 2)\n"
+        "from benchmarks.harness.sources import model_source\n"
+        "from clinfast.bench.process import WorkerProcess\n"
+        "worker = WorkerProcess('gemm_floor', model_source('minilm', 2), 'fp32', 2)\n"
         "worker.ask('load')\n"
         "print(worker.pid, flush=True)\n"
         "time.sleep(600)\n"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=cache.REPOSITORY, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script], cwd=cache.ROOT, stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())

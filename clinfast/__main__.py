@@ -1,0 +1,5 @@
+import sys
+
+from clinfast_command import main
+
+sys.exit(main())
