@@ -22,6 +22,7 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks run --json benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks applications --json benchmarks/results/cpu.json
 
 bench-ops: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks/ops

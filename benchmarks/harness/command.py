@@ -8,11 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.applications import COUNTS, race
 from benchmarks.harness.goals import GOALS_FILE
 from benchmarks.harness.sources import MODELS, model_source
 from benchmarks.harness.tables import print_results
 from clinfast.bench import results
-from clinfast.bench.cells import CELLS, Cell, parse_cell
+from clinfast.bench.cells import Cell, parse_cell
 from clinfast.bench.contenders import DEFAULT_CONTENDERS, contender_class
 from clinfast.bench.environment import environment
 from clinfast.bench.progress import RaceProgress, run_cell
@@ -29,8 +30,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure, merge into the result file, print tables")
     run.add_argument("--models", type=names, default=list(MODELS), help="default: %(default)s")
-    run.add_argument("--precisions", type=names, default=list(PRECISIONS), help="default: %(default)s")
-    run.add_argument("--cells", type=names, default=list(CELLS), help="default: %(default)s")
+    run.add_argument("--precisions", type=names, help="default: the model's own choice")
+    run.add_argument("--cells", type=names, help="default: the model's own choice")
     run.add_argument(
         "--contenders", type=names, default=list(DEFAULT_CONTENDERS), help="default: %(default)s"
     )
@@ -38,6 +39,11 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--threads", type=int, default=2, help="of every contender; default: %(default)s")
     run.add_argument("--json", type=Path, required=True, help="result file, merged into if it is there")
     run.add_argument("--missing", action="store_true", help="skip cells that the result file has already")
+    whole = commands.add_parser("applications", help="encode and CrossEncoder, tokeniser included, before and after")
+    whole.add_argument("--tasks", type=names, default=list(COUNTS), help="default: %(default)s")
+    whole.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    whole.add_argument("--threads", type=int, default=2, help="of both sides; default: %(default)s")
+    whole.add_argument("--json", type=Path, required=True, help="result file, merged into if it is there")
     show = commands.add_parser("show", help="print the tables of a result file")
     show.add_argument("json", type=Path)
     for command in (run, show):
@@ -52,28 +58,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not console.is_terminal:
         console = Console(width=140)
     failures: list[str] = []
+    if options.command == "applications":
+        return applications(options, console)
     if options.command == "run":
         try:
-            cells = [parse_cell(name) for name in options.cells]
+            for name in options.cells or ():
+                parse_cell(name)
             for name in options.contenders:
                 contender_class(name)
-            for name, known in ((options.models, MODELS), (options.precisions, PRECISIONS)):
+            for name, known in ((options.models, MODELS), (options.precisions or (), PRECISIONS)):
                 if unknown := set(name) - set(known):
                     raise ValueError(f"{', '.join(unknown)} is none of {', '.join(known)}")
         except ValueError as error:
             top.error(str(error))
-        failures = run(options, cells, console)
+        failures = run(options, console)
     print_results(results.read(options.json), console, options.goals)
     for failure in failures:
         console.print(f"FAILED {failure}", style="bold red", highlight=False)
     return 1 if failures else 0
 
 
-def run(options: argparse.Namespace, cells: list[Cell], console: Console) -> list[str]:
+def run(options: argparse.Namespace, console: Console) -> list[str]:
     surroundings = environment(options.threads)
-    plan = []
+    plan: list[tuple[str, str, list[Cell]]] = []
     for model in options.models:
-        for precision in options.precisions:
+        cells = [parse_cell(name) for name in options.cells or MODELS[model].cells]
+        for precision in options.precisions or MODELS[model].precisions:
             left = [c for c in cells if not (options.missing and done(options.json, model, precision, c))]
             if left:
                 plan.append((model, precision, left))
@@ -90,6 +100,21 @@ def run(options: argparse.Namespace, cells: list[Cell], console: Console) -> lis
                         failures.append(str(error))
                     progress.cell_done()
     return failures
+
+
+def applications(options: argparse.Namespace, console: Console) -> int:
+    if unknown := set(options.tasks) - set(COUNTS):
+        console.print(f"{', '.join(unknown)} is none of {', '.join(COUNTS)}")
+        return 2
+    for task in options.tasks:
+        record = race(task, options.rounds, options.threads)
+        results.add_application(options.json, task, record, environment(options.threads))
+        ratio = record["stock_over_clinfast"]
+        console.print(
+            f"{task}: {ratio['median']:.2f} x stock ({ratio['min']:.2f} to {ratio['max']:.2f}), "
+            f"{record['texts_per_second']['clinfast']:.1f} texts a second"
+        )
+    return 0
 
 
 def done(file: Path, model: str, precision: str, cell: Cell) -> bool:

@@ -30,6 +30,13 @@ def cell_key(model: str, precision: str, cell: str) -> str:
     return f"{model}/{precision}/{cell}"
 
 
+def add_application(path: Path, task: str, record: dict[str, Any], environment: dict[str, Any]) -> None:
+    """One measurement of a whole application, which has no cells; `environment` is stored with it."""
+    results = read(path)
+    results.setdefault("applications", {})[task] = {**record, "environment": environment}
+    write(path, results)
+
+
 def merge(results: Results, record: dict[str, Any], environment: dict[str, Any]) -> None:
     """Puts one cell in. Equal environments are stored once; environments that no cell names any more go."""
     date = environment["date"]
