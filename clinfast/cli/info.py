@@ -13,7 +13,7 @@ from rich.table import Table
 
 from clinfast import models
 from clinfast.cli import console
-from clinfast.engine.encoder import PRECISIONS
+from clinfast.engine import precision
 from clinfast.report import Info
 
 BASE = "base model"
@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
     found = console.machine()
     served = families()
     if options.json:
-        facts = console.facts() | {"precisions": list(PRECISIONS), "families": served}
+        facts = console.facts() | {"precisions": precision.served("cpu"), "families": served}
         print(json.dumps(facts, indent=1))
         return 0
     out = console.output()
@@ -63,7 +63,7 @@ def _machine(found: Info) -> Table:
     for name, state in found.backends.items():
         words = "[green]ready[/]" if state == "ready" else f"[yellow]not there: {escape(state)}[/]"
         table.add_row(f"backend {name}", words)
-    table.add_row("precisions", ", ".join(PRECISIONS))
+    table.add_row("precisions", ", ".join(precision.served("cpu")))
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in found.versions.items()))
     return table
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import clinfast
 from clinfast.canary import tensors_of
-from clinfast.engine.encoder import PRECISIONS, resolve_precision
+from clinfast.engine import precision
 from clinfast.engine.spec import Unsupported
 from clinfast.model_folder import DTYPES, BadInput
 
@@ -65,7 +65,7 @@ class Sides:
     def _precision(self, name: str) -> Precision:
         own = self.stock.dtype
         try:
-            dtype = resolve_precision(name, own)
+            dtype = precision.resolve(name, own, self.stock.device.type)
         except (ValueError, Unsupported) as error:
             raise BadInput(f"--precision: {error}") from error
         optimized = {padding: self._optimize(name, padding) for padding in PADDINGS}
@@ -101,7 +101,7 @@ class Sides:
 
 
 def _served(own: torch.dtype) -> list[str]:
-    return sorted(PRECISIONS, key=lambda name: PRECISIONS[name] is not own)
+    return sorted(precision.served("cpu"), key=lambda name: precision.DTYPES[name] is not own)
 
 
 def stock_calls(model: nn.Module) -> dict[str, int]:

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from clinfast.engine import precision as precisions
 from clinfast.engine.concurrency import ForkSafeLock, gate, single_thread_if_forked
-from clinfast.engine.encoder import Encoder, resolve_precision
+from clinfast.engine.encoder import Encoder
 from clinfast.engine.executors import NativeExecutor
 from clinfast.engine.run import run
 from clinfast.engine.spec import (
@@ -62,7 +63,7 @@ def announce(encoder: Encoder) -> None:
 def forward(encoder: Encoder, request: Request) -> EncoderOutput | None:
     """What the patched forward calls while it is being traced; None where the model's dtype is not served."""
     weights: list[Tensor] = [ref.module._parameters[ref.name] for ref in encoder.refs]  # type: ignore[misc]
-    if not _serves(encoder.precision, weights[0].dtype):
+    if not _serves(encoder.precision, weights[0].dtype, weights[0].device.type):
         return None
     with torch.no_grad():
         found = torch.ops.clinfast.encode(
@@ -73,9 +74,9 @@ def forward(encoder: Encoder, request: Request) -> EncoderOutput | None:
     return EncoderOutput(None, tuple(found))
 
 
-def _serves(precision: str, model_dtype: torch.dtype) -> bool:
+def _serves(precision: str, model_dtype: torch.dtype, device: str) -> bool:
     try:
-        resolve_precision(precision, model_dtype)
+        precisions.resolve(precision, model_dtype, device)
     except Unsupported:
         return False
     return True
@@ -90,7 +91,7 @@ def _encode(
 ) -> list[Tensor]:
     single_thread_if_forked()
     facts = _Call.from_json(call)
-    executor = NativeExecutor(facts.spec, facts.backend)
+    executor = NativeExecutor(facts.spec, facts.backend, input_ids.device.type)
     request, dtype = Request(input_ids, mask, token_type_ids), weights[0].dtype
     with gate.room(), torch.no_grad():
         packed = _find(call, facts, weights)
@@ -126,7 +127,7 @@ def _make(facts: _Call, weights: list[Tensor]) -> tuple[PackedWeights, Fingerpri
     tensors = dict(zip(names, weights, strict=True))
     holder: Any = SimpleNamespace(_parameters=tensors)
     fingerprint = Fingerprint([ParameterRef(holder, name) for name in names])
-    dtype = resolve_precision(facts.precision, weights[0].dtype)
+    dtype = precisions.resolve(facts.precision, weights[0].dtype, weights[0].device.type)
     return pack_weights(facts.spec, facts.head, tensors, dtype, facts.backend), fingerprint
 
 

@@ -7,41 +7,16 @@ from typing import Any
 
 import torch
 
+from clinfast.engine import precision as precisions
 from clinfast.engine import reproducibility
 from clinfast.engine.concurrency import ForkSafeLock, gate, single_thread_if_forked
-from clinfast.engine.executors import NativeExecutor
+from clinfast.engine.executors import EagerExecutor, NativeExecutor
 from clinfast.engine.run import run
 from clinfast.engine.spec import EncoderOutput, Match, Request, Unsupported
 from clinfast.engine.weights import Fingerprint, PackedWeights, pack_weights
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LATER = {
-    "fp16": "the CPU kernels compute in fp32 or bf16: pass precision='fp32' (or 'bf16')",
-    "int8": "it is not served yet: pass precision='bf16' for the fastest CPU path",
-    "fp8": "it needs an NVIDIA GPU of the Hopper generation or later: pass precision='bf16'",
-}
-
-
-def resolve_precision(precision: str, model_dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in.
-
-    Raises:
-        ValueError: an unknown name.
-        Unsupported: a known one that this machine does not serve; the message says what will.
-    """
-    if precision == "auto":
-        if model_dtype in PRECISIONS.values():
-            return model_dtype
-        raise Unsupported(
-            f"the model is in {model_dtype}, which the CPU kernels do not compute in; pass precision='fp32' or "
-            "'bf16', and the outputs keep the model's dtype"
-        )
-    if precision in PRECISIONS:
-        return PRECISIONS[precision]
-    if precision in LATER:
-        raise Unsupported(f"precision={precision!r} cannot be served on this device: {LATER[precision]}")
-    choices = ", ".join(map(repr, ("auto", *PRECISIONS, *LATER)))
-    raise ValueError(f"precision={precision!r} is unknown; choose one of {choices}")
+# Types of device that models are optimized on.
+SERVED = ("cpu",)
 
 
 class Encoder:
@@ -61,10 +36,10 @@ class Encoder:
             match.parameters[name] for name in self.spec.parameter_names() + self.head.parameter_names()
         ]
         first = self.refs[0].tensor()
-        if not first.is_cpu:
+        if first.device.type not in SERVED:
             raise Unsupported(f"the model is on {first.device}; only CPU kernels are built so far: model.to('cpu')")
         self.model_dtype = first.dtype
-        self.dtype = resolve_precision(precision, self.model_dtype)
+        self.dtype = precisions.resolve(precision, first.dtype, first.device.type)
         self.precision, self.backend, self.padding = precision, backend, padding
         # What `clinfast::encode` must know besides tensors. It names the option, not the dtype that it now means.
         self.call = json.dumps(
@@ -76,7 +51,7 @@ class Encoder:
                 "padding": padding,
             }
         )
-        self._executor = NativeExecutor(self.spec, backend)
+        self._executor: EagerExecutor = NativeExecutor(self.spec, backend, first.device.type)
         self._lock = ForkSafeLock()
         self._packed: tuple[PackedWeights, Fingerprint] | None = None
         self.packs = 0
@@ -119,8 +94,13 @@ class Encoder:
         fingerprint = Fingerprint(self.refs)
         names = self.spec.parameter_names() + self.head.parameter_names()
         tensors = dict(zip(names, fingerprint.held, strict=True))
-        self.model_dtype = fingerprint.held[0].dtype
-        self.dtype = resolve_precision(self.precision, self.model_dtype)
+        first = fingerprint.held[0]
+        self.model_dtype = first.dtype
+        if first.device.type != self._executor.device:
+            if first.device.type not in SERVED:
+                raise Unsupported(f"the model was moved to {first.device}, where it runs stock")
+            self._executor = NativeExecutor(self.spec, self.backend, first.device.type)
+        self.dtype = precisions.resolve(self.precision, first.dtype, first.device.type)
         weights = pack_weights(self.spec, self.head, tensors, self.dtype, self.backend)
         self._packed = (weights, fingerprint)
         self.packs += 1
@@ -135,7 +115,8 @@ class Encoder:
         """
         single_thread_if_forked()
         with gate.room(), torch.no_grad():
-            return run(self._executor, self.weights(), self.head, request, self.padding, self.model_dtype)
+            weights = self.weights()
+            return run(self._executor, weights, self.head, request, self.padding, self.model_dtype)
 
     @property
     def packed_bytes(self) -> int:
