@@ -166,7 +166,7 @@ def _why_sdpa(
     if cpu.unavailable() is not None and not os.environ.get("CLINFAST_BACKEND_ATTENTION"):
         return Reason("the compiled kernels are not there", "clinfast.info() says why")
     dtype = query.dtype
-    if dtype not in KERNEL_DTYPES or key.dtype is not dtype or value.dtype is not dtype:
+    if dtype not in KERNEL_DTYPES["cpu"] or key.dtype is not dtype or value.dtype is not dtype:
         return Reason("the dtype is not served", "float32 and bfloat16 are")
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is not dtype:
         return Reason("autocast asks for another dtype")
