@@ -1,7 +1,8 @@
 // A CUDA kernel on the CPU, from the same source: blocks one after the other, the threads of a block as fibers. Every
 // warp operation waits until the 32 lanes have come and is then done for all of them; shared memory starts as 0xFF
-// (NaN) in every block; a cp.async lands only when its group is waited for. What this checks is arithmetic, indexing
-// and waits. It cannot see races between warps, nor the memory model.
+// (NaN) in every block; a cp.async lands only when its group is waited for. A warp runs as far as it can before the next
+// one does, from the first to the last or from the last to the first, so that many a missing barrier shows. What this
+// checks is arithmetic, indexing and waits. It cannot see every race between warps, nor the memory model.
 #pragma once
 
 #include <setjmp.h>
@@ -101,17 +102,26 @@ inline void switch_to(Fiber *next) {
   setcontext(&next->context);
 }
 
-// The next thread that can run; back to the caller of the block where all have finished.
+// The next thread of ranks [first, first + count) that can run, in the order of the machine, starting after the current.
+inline Fiber *runnable(int first, int count) {
+  Machine &m = machine;
+  const int own = (m.current->rank - first + count) % count;
+  for (int step = 1; step <= count; step++) {
+    Fiber *next = m.fibers[first + (own + (m.reverse ? count - step : step)) % count].get();
+    if (!next->finished && !next->waiting) return next;
+  }
+  return nullptr;
+}
+
+// A warp runs as far as it can before another one does; back to the caller of the block where all have finished.
 inline void yield() {
   Machine &m = machine;
-  bool unfinished = false;
-  for (int step = 1; step <= m.threads; step++) {
-    int rank = (m.current->rank + (m.reverse ? m.threads - step : step)) % m.threads;
-    Fiber *next = m.fibers[rank].get();
-    unfinished |= !next->finished;
-    if (!next->finished && !next->waiting) return next == m.current ? void() : switch_to(next);
-  }
-  if (unfinished) fail("deadlock: a barrier or warp operation is not reached by all of its threads");
+  Fiber *next = runnable(m.current->rank / 32 * 32, 32);
+  if (!next) next = runnable(0, m.threads);
+  if (next == m.current) return;
+  if (next) return switch_to(next);
+  for (int i = 0; i < m.threads; i++)
+    if (!m.fibers[i]->finished) fail("deadlock: a barrier or warp operation is not reached by all of its threads");
   if (!_setjmp(m.current->where)) _longjmp(m.main, 2);
 }
 
