@@ -1,0 +1,66 @@
+# The CUDA kernels. CLINFAST_CUDA (variable or environment): ON builds them, for every architecture unless
+# CMAKE_CUDA_ARCHITECTURES says otherwise; OFF leaves them out; AUTO, the default, builds them for this machine's cards
+# where there are nvcc and an NVIDIA driver.
+if(NOT DEFINED CLINFAST_CUDA)
+  set(CLINFAST_CUDA "$ENV{CLINFAST_CUDA}")
+endif()
+if(CLINFAST_CUDA STREQUAL "")
+  set(CLINFAST_CUDA AUTO)
+endif()
+
+if(CLINFAST_CUDA MATCHES "^(0|OFF|off|no)$")
+  message(STATUS "CUDA kernels: left out, as CLINFAST_CUDA says")
+  return()
+endif()
+
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  if(NOT CLINFAST_CUDA STREQUAL "AUTO")
+    message(FATAL_ERROR "CLINFAST_CUDA=${CLINFAST_CUDA}, but there is no nvcc on PATH or in CUDACXX")
+  endif()
+  message(STATUS "CUDA kernels: left out, there is no nvcc")
+  return()
+endif()
+
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  if(CLINFAST_CUDA STREQUAL "AUTO")
+    execute_process(
+      COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+      OUTPUT_VARIABLE capabilities ERROR_QUIET RESULT_VARIABLE status)
+    string(REGEX MATCHALL "[0-9]+\\.[0-9]+" capabilities "${capabilities}")
+    if(NOT status EQUAL 0 OR NOT capabilities)
+      message(STATUS "CUDA kernels: left out, nvcc is here but no NVIDIA GPU; CLINFAST_CUDA=1 builds them all the same")
+      return()
+    endif()
+    list(REMOVE_DUPLICATES capabilities)
+    string(REPLACE "." "" capabilities "${capabilities}")
+    set(CMAKE_CUDA_ARCHITECTURES "")
+    foreach(capability IN LISTS capabilities)
+      string(REGEX REPLACE "^90$" "90a" capability "${capability}")
+      list(APPEND CMAKE_CUDA_ARCHITECTURES ${capability}-real)
+    endforeach()
+  else()
+    # PTX of 100 serves what comes after the listed cards, and 110.
+    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90a-real 100-real 100-virtual 120-real)
+  endif()
+endif()
+message(STATUS "CUDA kernels: for ${CMAKE_CUDA_ARCHITECTURES}")
+
+enable_language(CUDA)
+
+file(GLOB CUDA_KERNELS CONFIGURE_DEPENDS csrc/cuda/*.cu)
+target_sources(_C PRIVATE ${CUDA_KERNELS} csrc/cuda_bindings.cpp)
+target_compile_definitions(_C PRIVATE CLINFAST_CUDA)
+# The runtime is static, so that the module loads on a machine without a driver.
+set_target_properties(_C PROPERTIES
+  CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}"
+  CUDA_STANDARD 17
+  CUDA_STANDARD_REQUIRED ON
+  CUDA_VISIBILITY_PRESET hidden
+  CUDA_RUNTIME_LIBRARY Static)
+target_compile_options(_C PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-DNDEBUG>)
+# A fifth of the default's size; drivers of CUDA 13 unpack it.
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13.0)
+  target_compile_options(_C PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--compress-mode=size>)
+endif()
