@@ -59,7 +59,8 @@ __device__ __forceinline__ void score(float (&s)[Tiles][N][4], const uint32_t (&
     for (int n = 0; n < N; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) s[t][n][i] = 0;
-#pragma unroll
+  // Queries that are not held need no constant index, and with fewer steps unrolled nothing spills.
+#pragma unroll(Held ? D / 16 : 4)
   for (int step = 0; step < D / 16; step++) {
     uint32_t a[Tiles][4];
 #pragma unroll

@@ -63,7 +63,7 @@ __device__ __forceinline__ int rank_in_block(bool flag, int *scratch, int &total
   return before + __popc(votes & ((1u << lane) - 1));
 }
 
-__global__ void __launch_bounds__(kThreads) count_kernel(const PackArgs args) {
+__global__ void __launch_bounds__(kThreads, 4) count_kernel(const PackArgs args) {
   CLINFAST_SHARED(int, scratch, kWarps);
   const int64_t note = blockIdx.x;
   int length = 0, bad_id = kNone, bad_type = kNone;
@@ -120,7 +120,7 @@ __device__ __forceinline__ void write_facts(const PackArgs &args, int *scratch) 
   args.cu_seqlens[args.batch] = tokens;
 }
 
-__global__ void __launch_bounds__(kThreads) order_kernel(const PackArgs args) {
+__global__ void __launch_bounds__(kThreads, 4) order_kernel(const PackArgs args) {
   CLINFAST_SHARED(int, scratch, kWarps);
   const int64_t note = blockIdx.x;
   if (note == args.batch) {
