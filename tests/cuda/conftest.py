@@ -72,3 +72,19 @@ def machine(request, monkeypatch):
     native.on.cache_clear()
     yield Machine("cpu")
     native.on.cache_clear()
+
+
+def pytest_collection_modifyitems(items):
+    """Leaves out what no machine has: wgmma without a GPU, and 16-bit kernels for fp32."""
+    here = Path(__file__).parent
+
+    def possible(item):
+        values = getattr(item, "callspec", None)
+        if values is None or here not in item.path.parents:
+            return True
+        kernel, dtype = values.params.get("attention"), values.params.get("dtype")
+        if kernel == "wgmma" and values.params.get("machine") != "gpu":
+            return False
+        return kernel in (None, "simt") or dtype is not torch.float32
+
+    items[:] = filter(possible, items)

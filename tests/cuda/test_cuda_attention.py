@@ -23,7 +23,7 @@ def attention(request, machine, monkeypatch):
         dtype = (args[0] if args else kwargs["q"]).dtype
         if dtype is torch.float32 and request.param != "simt":
             pytest.skip(f"fp32 has no {request.param} kernel")
-        return machine(backend.attention, *args, **kwargs)
+        return machine(backend.prechecked, *args, **kwargs)
 
     return call
 
@@ -88,6 +88,11 @@ def test_first_token_queries_over_all_keys(attention, dtype):
 @pytest.mark.parametrize("spread", [1e-3, 8.0])
 def test_small_and_large_scores(attention, spread, dtype):
     check(attention, case([70, 150], 1, 64, dtype, spread=spread))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.2])
+def test_a_scale_that_is_not_positive(attention, scale):
+    check(attention, [*case([70, 150], 1, 64)[:-1], scale])
 
 
 def test_scores_beyond_the_range_of_exp(attention):
@@ -192,7 +197,11 @@ def test_writes_nothing_outside_the_result(machine, dtype, head_dim):
         ({"cu_seqlens_q": torch.tensor([0, 3, 8])}, "cu_seqlens_q is .* torch.int64"),
         ({"cu_seqlens_k": torch.tensor([0, 8], dtype=torch.int32)}, "cu_seqlens_k is"),
         ({"seqused_k": torch.tensor([3], dtype=torch.int32)}, "seqused_k is"),
-        ({"scale": 0.0}, "scale is 0.0"),
+        ({"cu_seqlens_q": torch.tensor([0, 3, 7], dtype=torch.int32)}, "cu_seqlens_q goes from 0 to 7"),
+        ({"cu_seqlens_q": torch.tensor([1, 3, 8], dtype=torch.int32)}, "cu_seqlens_q goes from 1 to 8"),
+        ({"cu_seqlens_k": torch.tensor([0, 9, 8], dtype=torch.int32)}, "cu_seqlens_k decreases after entry 1"),
+        ({"seqused_k": torch.tensor([3, 6], dtype=torch.int32)}, r"seqused_k\[1\] is 6; the note has 5 keys"),
+        ({"seqused_k": torch.tensor([-1, 5], dtype=torch.int32)}, r"seqused_k\[0\] is -1"),
     ],
 )
 def test_bad_arguments_are_named(machine, change, message):

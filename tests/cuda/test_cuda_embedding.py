@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from test_embedding import NAMES, POSITIONS, VOCAB, case, stock_and_exact
 
 from clinfast.backends.cuda import native
-from clinfast.backends.cuda.embedding import embedding
+from clinfast.backends.cuda.embedding import embedding, prechecked
 
 DTYPES = list(native.DTYPES)
 
@@ -55,15 +55,19 @@ def test_a_token_outside_a_table_is_nan_and_the_others_are_not(machine, which, b
     whole = machine(embedding, **args)
     values = args[which].clone()
     values.view(-1)[7] = bad
-    ours = machine(embedding, **{**args, which: values})
+    ours = machine(prechecked, **{**args, which: values})
     assert torch.isnan(ours[7]).all()
     others = torch.arange(12) != 7
     assert torch.equal(ours[others], whole[others])
+    names = {"token_type_ids": "token_type_ids at row 1, column 1", "position_ids": "the position at row 1, column 1"}
+    names |= {"input_ids": "input_ids at row 1, column 1", "indices": r"indices\[7\]"}
+    with pytest.raises(IndexError, match=f"{names[which]} is {bad}"):
+        machine(embedding, **{**args, which: values})
 
 
 def test_positions_past_the_table_are_nan(machine):
     args = case(1, 6, 40, offset=POSITIONS - 4, keep=1)
-    ours = machine(embedding, *args)
+    ours = machine(prechecked, *args)
     assert torch.isfinite(ours[:4]).all() and torch.isnan(ours[4:]).all()
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from test_packing import LAYOUTS, TYPES, VOCAB, assert_packs_alike, laid_out, unpack_case
 
 from clinfast.backends.cuda import native
-from clinfast.backends.cuda.packing import pack, position_ids, unpack
+from clinfast.backends.cuda.packing import pack, position_ids, unpack, unpack_prechecked
 from clinfast.ops import packing as op
 
 DTYPES = list(native.DTYPES)
@@ -90,7 +90,9 @@ def test_unpack_leaves_out_an_index_outside(machine):
     packed, indices = torch.ones(3, 4), torch.tensor([1, 0, 2], dtype=torch.int32)
     for bad in (-1, 12, 2**31 - 1):
         indices[1] = bad
-        ours = machine(unpack, packed, indices, 12, torch.float32)
+        ours = machine(unpack_prechecked, packed, indices, 12, torch.float32)
+        with pytest.raises(IndexError, match=rf"indices\[1\] is {bad}; it must lie within the 12 positions"):
+            machine(unpack, packed, indices, 12, torch.float32)
         assert ours.sum(1).nonzero().flatten().tolist() == [1, 2]
 
 

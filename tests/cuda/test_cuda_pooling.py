@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_pooling import boundaries, case
 
 from clinfast.backends.cuda import native
-from clinfast.backends.cuda.pooling import pooling
+from clinfast.backends.cuda.pooling import pooling, prechecked
 from clinfast.ops import pooling as op
 
 DTYPES = list(native.DTYPES)
@@ -81,9 +81,13 @@ def test_the_maximum_of_negative_values(machine):
 @pytest.mark.parametrize("bad", [[0, 6], [0, 3, 2, 5], [-1, 3]])
 def test_a_note_whose_rows_are_not_there_is_nan(machine, kind, bad):
     x, _ = case([5], 20)
-    ours = machine(pooling, x, torch.tensor(bad, dtype=torch.int32), kind)
+    cu_seqlens = torch.tensor(bad, dtype=torch.int32)
+    ours = machine(prechecked, x, cu_seqlens, kind)
     wrong = [not 0 <= a <= b <= 5 for a, b in zip(bad, bad[1:], strict=False)]
     assert torch.isnan(ours[wrong]).all() and torch.isfinite(ours[[not w for w in wrong]]).all()
+    note = wrong.index(True)
+    with pytest.raises(ValueError, match=f"note {note} the rows {bad[note]} to {bad[note + 1]}"):
+        machine(pooling, x, cu_seqlens, kind)
 
 
 @pytest.mark.parametrize("kind", [0, 1, 2])

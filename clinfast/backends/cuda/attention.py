@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clinfast.backends.cuda import native
 from clinfast.backends.cuda.native import check_boundaries, check_dtype, check_rows, check_vector
+from clinfast.backends.cuda.values import check_attention
 
 MAX_HEAD_DIM = 256
 # What CLINFAST_CUDA_ATTENTION may name: the kernel's number.
@@ -26,7 +27,7 @@ KERNEL = chosen_kernel()
 
 
 def _refuse(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None
 ) -> None:
     """Raises where an argument is wrong; returns where the caller's quick test was only too strict."""
     check_dtype("attention", "q", q)
@@ -40,8 +41,6 @@ def _refuse(
     check_vector("attention", "cu_seqlens_k", cu_seqlens_k, batch + 1, device, torch.int32)
     if seqused_k is not None:
         check_vector("attention", "seqused_k", seqused_k, batch, device, torch.int32)
-    if not scale > 0:
-        raise ValueError(f"attention: scale is {scale}; the CUDA kernels need a positive one")
 
 
 def _is_like(vector: Tensor, shape: tuple[int, ...], device: int) -> bool:
@@ -54,7 +53,7 @@ def _is_like(vector: Tensor, shape: tuple[int, ...], device: int) -> bool:
     )
 
 
-def attention(
+def prechecked(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -83,9 +82,11 @@ def attention(
         and _is_like(cu_seqlens_q, boundaries, device)
         and (cu_seqlens_k is cu_seqlens_q or _is_like(cu_seqlens_k, boundaries, device))
         and (seqused_k is None or _is_like(seqused_k, (boundaries[0] - 1,), device))
-        and scale > 0
     ):  # fmt: skip
-        _refuse(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale)
+        _refuse(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    if scale <= 0:  # the kernels take the maximum before the factor, and masked scores are infinite
+        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
+        q_strides = q.stride()
     tokens, num_heads, head_dim = q_shape
     out = torch.empty(tokens, num_heads, head_dim, dtype=dtype, device=q.device)
     native.on(device).attention(
@@ -97,4 +98,18 @@ def attention(
     return out
 
 
-IMPLEMENTATIONS = {"attention": attention}
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor | None,
+    scale: float,
+) -> Tensor:
+    out = prechecked(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale)
+    check_attention(q.shape[0], k.shape[0], cu_seqlens_q, cu_seqlens_k, seqused_k)
+    return out
+
+
+IMPLEMENTATIONS = {"attention": attention, "attention.prechecked": prechecked}

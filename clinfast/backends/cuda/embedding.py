@@ -18,6 +18,7 @@ from clinfast.backends.cuda.native import (
     stream,
 )
 from clinfast.backends.cuda.packing import check_ids
+from clinfast.backends.cuda.values import check_embedding
 
 
 def _check_table(name: str, table: Tensor, word: Tensor, device: int) -> None:
@@ -27,7 +28,7 @@ def _check_table(name: str, table: Tensor, word: Tensor, device: int) -> None:
         raise ValueError(f"embedding: {name} has rows of {table.shape[1]}; those of word have {word.shape[1]}")
 
 
-def embedding(
+def prechecked(
     input_ids: Tensor,
     token_type_ids: Tensor | None,
     indices: Tensor,
@@ -94,4 +95,28 @@ def embedding(
     return out
 
 
-IMPLEMENTATIONS = {"embedding": embedding}
+def embedding(
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    indices: Tensor,
+    position_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor | None,
+    weight: Tensor,
+    shift: Tensor,
+    eps: float,
+    position_offset: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = prechecked(
+        input_ids, token_type_ids, indices, position_ids, word, position, token_type, weight, shift, eps,
+        position_offset, dtype,
+    )  # fmt: skip
+    check_embedding(
+        input_ids, token_type_ids, indices, position_ids, word, position, token_type, position_offset
+    )
+    return out
+
+
+IMPLEMENTATIONS = {"embedding": embedding, "embedding.prechecked": prechecked}

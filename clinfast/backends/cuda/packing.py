@@ -16,6 +16,7 @@ from clinfast.backends.cuda.native import (
     on,
     stream,
 )
+from clinfast.backends.cuda.values import check_indices
 
 ID_BYTES = {torch.int64: 8, torch.int32: 4}
 # The kernel's mask types are named by their bytes; bool and the 8-bit integers read the same.
@@ -86,7 +87,7 @@ def pack(
     return cu_seqlens, indices, seqused_k, facts
 
 
-def unpack(packed: Tensor, indices: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
+def unpack_prechecked(packed: Tensor, indices: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
     """A row whose index is no position is left out: raising would wait for the device."""
     padded_dtype = DTYPES.get(dtype)
     if padded_dtype is None:
@@ -114,6 +115,13 @@ def unpack(packed: Tensor, indices: Tensor, positions: int, dtype: torch.dtype) 
     return padded
 
 
+def unpack(packed: Tensor, indices: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
+    padded = unpack_prechecked(packed, indices, positions, dtype)
+    used = indices[: packed.shape[0]]
+    check_indices("unpack", used, positions, f"it must lie within the {positions} positions")
+    return padded
+
+
 def position_ids(input_ids: Tensor, padding_idx: int) -> Tensor:
     itemsize = check_ids("position_ids", "input_ids", input_ids)
     batch, seqlen = input_ids.shape
@@ -129,4 +137,9 @@ def position_ids(input_ids: Tensor, padding_idx: int) -> Tensor:
     return out
 
 
-IMPLEMENTATIONS = {"pack": pack, "position_ids": position_ids, "unpack": unpack}
+IMPLEMENTATIONS = {
+    "pack": pack,
+    "position_ids": position_ids,
+    "unpack": unpack,
+    "unpack.prechecked": unpack_prechecked,
+}

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from clinfast.backends.cuda.native import check_boundaries, check_dtype, check_rows, on, stream
+from clinfast.backends.cuda.values import check_pooling
 
 KINDS = {"first_token": 0, "mean": 1, "max": 2}
 
 
-def pooling(x: Tensor, cu_seqlens: Tensor, kind: str) -> Tensor:
+def prechecked(x: Tensor, cu_seqlens: Tensor, kind: str) -> Tensor:
     """A note whose boundaries leave [0, T] or decrease gives NaN: raising would wait for the device."""
     code = KINDS.get(kind)
     if code is None:
@@ -27,4 +28,10 @@ def pooling(x: Tensor, cu_seqlens: Tensor, kind: str) -> Tensor:
     return out
 
 
-IMPLEMENTATIONS = {"pooling": pooling}
+def pooling(x: Tensor, cu_seqlens: Tensor, kind: str) -> Tensor:
+    out = prechecked(x, cu_seqlens, kind)
+    check_pooling(x.shape[0], cu_seqlens)
+    return out
+
+
+IMPLEMENTATIONS = {"pooling": pooling, "pooling.prechecked": prechecked}
