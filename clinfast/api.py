@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from clinfast import canary, patch
-from clinfast.backends import cpu
+from clinfast.backends import cpu, cuda
 from clinfast.backends.cpu import native
 from clinfast.engine import compiled
 from clinfast.engine.concurrency import available_cores
@@ -239,7 +239,7 @@ def info() -> Info:
         isas=isas,
         threads=torch.get_num_threads(),
         cores=available_cores(),
-        backends={"cpu": "ready" if reason is None else reason, "torch": "ready"},
+        backends={"cpu": reason or "ready", "cuda": cuda.unavailable() or "ready", "torch": "ready"},
         versions={name: _version(name) for name in ("clinfast", "torch", "transformers")}
         | {"python": platform.python_version()},
         attention_interface=attention_interface.describe(),

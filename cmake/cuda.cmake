@@ -64,3 +64,21 @@ target_compile_options(_C PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-DNDEBUG>)
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13.0)
   target_compile_options(_C PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--compress-mode=size>)
 endif()
+
+# The Hopper product needs CUTLASS's headers: CLINFAST_CUTLASS names the folder that holds include/, or they come from
+# the Python package nvidia-cutlass.
+if(NOT CLINFAST_CUTLASS)
+  execute_process(
+    COMMAND ${Python_EXECUTABLE} -c
+      "import importlib.util as u; print(u.find_spec('cutlass_library').submodule_search_locations[0] + '/source')"
+    OUTPUT_VARIABLE CLINFAST_CUTLASS OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+endif()
+if(EXISTS "${CLINFAST_CUTLASS}/include/cutlass/cutlass.h")
+  message(STATUS "CUDA kernels: with the Hopper product, on CUTLASS in ${CLINFAST_CUTLASS}")
+  set_source_files_properties(csrc/cuda/linear_wgmma.cu PROPERTIES
+    COMPILE_DEFINITIONS CLINFAST_CUTLASS
+    COMPILE_OPTIONS "--expt-relaxed-constexpr"
+    INCLUDE_DIRECTORIES "${CLINFAST_CUTLASS}/include;${CLINFAST_CUTLASS}/tools/util/include")
+else()
+  message(STATUS "CUDA kernels: without the Hopper product, there is no CUTLASS (pip install nvidia-cutlass)")
+endif()

@@ -116,6 +116,22 @@ void attention_at(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t 
             [&] { return attention(args, DType(dtype), AttentionKernel(kernel), pointer<void>(stream)); });
 }
 
+// False where there is no such kernel for these sizes, this card, or this build.
+bool linear_at(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t out, int64_t x_stride,
+               int64_t weight_stride, int64_t residual_stride, int64_t out_stride, int64_t rows, int64_t in_features,
+               int64_t out_features, bool gelu, int dtype, int32_t multiprocessors, int device, uintptr_t stream) {
+  const LinearArgs args{pointer<void>(x), pointer<void>(weight), pointer<float>(bias), pointer<void>(residual),
+                        pointer<void>(out), x_stride, weight_stride, residual_stride, out_stride, rows, in_features,
+                        out_features, multiprocessors};
+  bool served = true;
+  on_device("linear", device, [&] {
+    const int code = linear_wgmma(args, gelu, DType(dtype), pointer<void>(stream));
+    served = code != kNotServed;
+    return served ? code : 0;
+  });
+  return served;
+}
+
 py::dict found_versions() {
   const Versions found = versions();
   py::dict result;
@@ -145,6 +161,8 @@ void add_cuda(py::module_ m) {
   m.def("unpack", &unpack_at);
   m.def("position_ids", &position_ids_at);
   m.def("attention", &attention_at);
+  m.def("linear", &linear_at);
+  m.def("has_cutlass", &has_cutlass, "Whether this build has the Hopper product.");
 }
 
 }  // namespace clinfast

@@ -1,8 +1,8 @@
 """Ops by name, and which backend serves each.
 
 An op has one schema (registered with `torch.library`), an fp32 reference, and one implementation a backend. Backends
-are tried in the order of `BACKENDS`; `CLINFAST_BACKEND_<OP>=<backend>` overrides the choice for one op, to bisect a
-problem in production.
+are tried in the order of `BACKENDS`, on a GPU after the one that `choices.TABLE` puts first; the environment variable
+`CLINFAST_BACKEND_<OP>=<backend>` overrides the choice for one op, to bisect a problem in production.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from clinfast.ops import choices
 
 NAMESPACE = "clinfast"
 STEMS = ("packing", "embedding", "linear", "attention", "layer_norm", "gelu", "pooling")
@@ -36,6 +38,7 @@ class Backend:
 
 BACKENDS = {
     "cpu": Backend("clinfast.backends.cpu", ("cpu",)),
+    "cuda": Backend("clinfast.backends.cuda", ("cuda",)),
     "torch": Backend("clinfast.backends.torch", ("cpu", "cuda")),
 }
 
@@ -121,14 +124,32 @@ def order(backend: str, device: str) -> list[str]:
 def implementation(name: str, backend: str, device: str = "cpu") -> Callable[..., Any]:
     """The function that serves op `name` on `device`: the first backend in `order` that offers it."""
     chosen = os.environ.get(f"CLINFAST_BACKEND_{name.partition('.')[0].upper()}", backend)
-    for candidate in order(chosen, device):
-        module = importlib.import_module(BACKENDS[candidate].home)
-        found = module.implementations().get(name)
-        if found is not None:
-            return counted(f"{name}[{candidate}]", found)
-    raise RuntimeError(
-        f"no backend serves the op {name!r} with backend={chosen!r}; backend='torch' serves every op everywhere"
+    candidates = order(chosen, device)
+    if chosen != "auto" or device != "cuda":
+        return _first_offer(name, tuple(candidates))
+    card = choices.capability()
+    return choices.by_dtype(
+        {
+            dtype: _first_offer(name, tuple(choices.ranked(name, candidates, dtype, card)))
+            for dtype in KERNEL_DTYPES["cuda"]
+        }
     )
+
+
+def _first_offer(name: str, candidates: tuple[str, ...]) -> Callable[..., Any]:
+    for candidate in candidates:
+        found = _offer(name, candidate)
+        if found is not None:
+            return found
+    raise RuntimeError(
+        f"no backend of {', '.join(candidates)} serves the op {name!r}; backend='torch' serves every op everywhere"
+    )
+
+
+@functools.cache
+def _offer(name: str, backend: str) -> Callable[..., Any] | None:
+    found = importlib.import_module(BACKENDS[backend].home).implementations().get(name)
+    return None if found is None else counted(f"{name}[{backend}]", found)
 
 
 def optional(name: str, backend: str, device: str = "cpu") -> Callable[..., Any] | None:

@@ -5,8 +5,6 @@ namespace clinfast {
 namespace cuda {
 namespace {
 
-constexpr int kUnsupported = 801;  // cudaErrorNotSupported
-
 // Major and minor compute capability of the current device, as 90 for 9.0.
 int capability() {
 #if defined(__CUDACC__)
@@ -37,7 +35,7 @@ int attention(const AttentionArgs &given, DType dtype, AttentionKernel kernel, S
   const int cc = capability();
   const bool hopper = cc == 90 && half && args.vectors && (args.head_dim == 64 || args.head_dim == 128);
   if (kernel == AttentionKernel::wgmma && hopper) return attention_wgmma(args, dtype, stream);
-  if (kernel == AttentionKernel::mma && (!half || cc < 80)) return kUnsupported;
+  if (kernel == AttentionKernel::mma && (!half || cc < 80)) return kNotServed;
   if (half && cc >= 80 && kernel != AttentionKernel::simt) return attention_mma(args, dtype, stream);
   return attention_simt(args, dtype, stream);
 }

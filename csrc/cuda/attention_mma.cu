@@ -12,7 +12,7 @@ template <int HeadDim> struct Shape {
   static constexpr int kWarps = D == 128 ? 8 : 4;
   static constexpr int kTiles = D <= 64 ? 2 : 1;  // of 16 queries a warp: each key fragment serves both
   static constexpr int kKeys = D <= 128 ? 64 : 32;
-  static constexpr bool kHeld = D <= 128;         // queries stay in registers
+  static constexpr bool kHeld = D == 32 || D == 128;  // queries stay in registers; at 64 that takes stack on sm_80 to 100
   static constexpr bool kWhole = D <= 128;
   static constexpr int kRows = kWarps * kTiles * 16, kThreads = kWarps * 32;
   static constexpr size_t kShared = size_t(kRows + 4 * kKeys) * D * 2;
@@ -82,6 +82,14 @@ __device__ __forceinline__ void long_note(const AttentionArgs &args, const Work 
   const bool active = first < work.rows;
   const float factor = args.scale * 1.4426950408889634f;
   uint32_t held[kTiles][S::kHeld ? D / 16 : 1][4];
+  if constexpr (S::kHeld) {
+    cp_async_wait<1>();
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < kTiles; t++)
+#pragma unroll
+      for (int step = 0; step < D / 16; step++) load_queries<D>(held[t][step], queries, first + 16 * t, step);
+  }
   float s[kTiles][N][4], o[kTiles][D / 8][4] = {};
   Softmax<kTiles> softmax;
   softmax.clear();
@@ -96,13 +104,6 @@ __device__ __forceinline__ void long_note(const AttentionArgs &args, const Work 
                                           source.k + (start + S::kKeys) * args.k_token_stride, args.k_token_stride,
                                           after, args);
     cp_async_commit();
-    if (S::kHeld && start == 0) {
-#pragma unroll
-      for (int t = 0; t < kTiles; t++)
-#pragma unroll
-        for (int step = 0; step < (S::kHeld ? D / 16 : 1); step++)
-          load_queries<D>(held[t][step], queries, first + 16 * t, step);
-    }
     if (active && !last) {
       score<T, D, kTiles, N, S::kHeld, false>(s, held, queries + first * D, tile_keys, count);
       softmax.template update<false>(s, o, factor, count);

@@ -20,13 +20,12 @@ __device__ __forceinline__ void load_tile(T *to, const T *from, int64_t stride, 
   constexpr int kChunks = D / 8, kStep = Threads / kChunks;
   static_assert(Threads % kChunks == 0 && Rows % kStep == 0, "whole rows a step");
   const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
-  const T *source = from + first * stride + chunk * 8;
   if (args.vectors) {
     const int rows = chunk * 8 < args.head_dim ? valid : 0;
-#pragma unroll
+#pragma unroll 2  // more copies' addresses at once would spill
     for (int row = first; row < first + Rows; row += kStep) {
-      cp_async_16(to + swizzled<D>(row, chunk), row < rows ? source : from, row < rows);
-      source += kStep * stride;
+      const bool present = row < rows;
+      cp_async_16(to + swizzled<D>(row, chunk), present ? from + row * stride + chunk * 8 : from, present);
     }
   } else {
 #pragma unroll 1
@@ -34,9 +33,8 @@ __device__ __forceinline__ void load_tile(T *to, const T *from, int64_t stride, 
       Vector<T> vector;
 #pragma unroll
       for (int j = 0; j < 8; j++)
-        vector.at[j] = row < valid && chunk * 8 + j < args.head_dim ? source[j] : from_float<T>(0.0f);
+        vector.at[j] = row < valid && chunk * 8 + j < args.head_dim ? from[row * stride + chunk * 8 + j] : from_float<T>(0.0f);
       *reinterpret_cast<Vector<T> *>(to + swizzled<D>(row, chunk)) = vector;
-      source += kStep * stride;
     }
   }
 }

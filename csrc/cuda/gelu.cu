@@ -1,4 +1,4 @@
-// bias + GELU: 16 bytes a thread at a time, four vectors under way.
+// bias + GELU: vectors of 16 bytes, four of a thread under way.
 #include "cuda/gelu.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/row_norm.cuh"
@@ -7,11 +7,12 @@ namespace clinfast {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256, kUnroll = 4;
+constexpr int kThreads = 256;
+template <bool Aligned> constexpr int kVectors = Aligned ? 4 : 2;  // of a thread
 
 template <typename T, GeluKind kind, bool Aligned>
 __global__ void __launch_bounds__(kThreads) gelu_kernel(const GeluArgs args) {
-  constexpr int N = Vector<T>::N;
+  constexpr int N = Vector<T>::N, kUnroll = kVectors<Aligned>;
   const int hidden = int(args.hidden);
   const uint32_t a_row = (hidden + N - 1) / N;
   const uint32_t work = uint32_t(args.rows) * a_row, first = blockIdx.x * (kThreads * kUnroll) + threadIdx.x;
@@ -48,7 +49,7 @@ template <typename T, GeluKind kind> int run(const GeluArgs &args, Stream stream
                        on_16_bytes(args.x) && on_16_bytes(args.bias) && on_16_bytes(args.out);
   const int64_t work = args.rows * ((args.hidden + N - 1) / N);
   if (work > kMostVectors) return kTooLarge;
-  const unsigned grid = blocks(work, kThreads * kUnroll);
+  const unsigned grid = blocks(work, kThreads * (aligned ? kVectors<true> : kVectors<false>));
   return aligned ? launch<&gelu_kernel<T, kind, true>>(grid, kThreads, stream, args)
                  : launch<&gelu_kernel<T, kind, false>>(grid, kThreads, stream, args);
 }

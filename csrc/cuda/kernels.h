@@ -11,6 +11,7 @@ namespace clinfast {
 namespace cuda {
 
 using Stream = void *;
+constexpr int kNotServed = 801;  // cudaErrorNotSupported
 
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 enum class GeluKind : int32_t { erf = 0, tanh = 1 };
@@ -108,6 +109,20 @@ struct AttentionArgs {
 };
 enum class AttentionKernel : int32_t { automatic = 0, simt = 1, mma = 2, wgmma = 3 };
 int attention(const AttentionArgs &args, DType dtype, AttentionKernel kernel, Stream stream);
+
+// out = activation(x @ weight.T + bias) + residual, with exact GELU or without an activation; bias and residual may be
+// null, and only one of GELU and residual may be wanted. Every row starts on 16 bytes. On compute capability 9.0, where
+// the build had CUTLASS; elsewhere the result is cudaErrorNotSupported.
+struct LinearArgs {
+  const void *x, *weight;
+  const float *bias;
+  const void *residual;
+  void *out;
+  int64_t x_stride, weight_stride, residual_stride, out_stride, rows, in_features, out_features;
+  int32_t multiprocessors;
+};
+int linear_wgmma(const LinearArgs &args, bool gelu, DType dtype, Stream stream);
+bool has_cutlass();
 
 // What the driver and the build have; does not start the driver's context.
 struct Versions {

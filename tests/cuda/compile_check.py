@@ -10,6 +10,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -41,6 +42,23 @@ class Kernel:
     spills: int
 
 
+def cutlass() -> str | None:
+    """The folder that holds CUTLASS's include/: CLINFAST_CUTLASS, or the Python package nvidia-cutlass."""
+    asked = os.environ.get("CLINFAST_CUTLASS")
+    spec = importlib.util.find_spec("cutlass_library")
+    if asked or spec is None or not spec.submodule_search_locations:
+        return asked
+    return str(Path(spec.submodule_search_locations[0]) / "source")
+
+
+def flags(source: Path, target: str) -> list[str]:
+    found = cutlass()
+    if source.stem != "linear_wgmma" or target != "90a" or found is None:
+        return FLAGS
+    includes = ["-I", f"{found}/include", "-I", f"{found}/tools/util/include"]
+    return [*FLAGS, "-DCLINFAST_CUTLASS", "--expt-relaxed-constexpr", *includes]
+
+
 def nvcc() -> str | None:
     return os.environ.get("CUDACXX") or shutil.which("nvcc")
 
@@ -50,7 +68,7 @@ def sources() -> list[Path]:
 
 
 def _key(source: Path, target: str) -> str:
-    digest = hashlib.sha256(" ".join([version(), target, *FLAGS[:5]]).encode())
+    digest = hashlib.sha256(" ".join([version(), target, *flags(source, target)]).encode())
     for file in [source, *sorted((CSRC / "cuda").glob("*.*h"))]:
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:20]
@@ -71,7 +89,7 @@ def messages(source: Path, target: str) -> str:
     compiler = nvcc()
     assert compiler is not None
     made = kept.with_suffix(f".{os.getpid()}.cubin")
-    words = [compiler, *FLAGS, f"-arch=sm_{target}", "-cubin", str(source), "-o", str(made)]
+    words = [compiler, *flags(source, target), f"-arch=sm_{target}", "-cubin", str(source), "-o", str(made)]
     done = subprocess.run(words, capture_output=True, text=True)
     made.unlink(missing_ok=True)
     if done.returncode:
