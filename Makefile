@@ -5,9 +5,9 @@ VENV   ?= .venv
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
-SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint bench bench-ops gpu-check clean
+.PHONY: demo test lint bench bench-ops cuda-check gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m clinfast.demo
@@ -26,6 +26,10 @@ bench: $(VENV)/.bench
 
 bench-ops: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks/ops
+
+# Needs nvcc and no GPU: every CUDA kernel for every architecture, with registers and shared memory.
+cuda-check:
+	cd tests/cuda && $(PYTHON) -m compile_check
 
 # For a machine with an NVIDIA GPU; uses the Python packages that are there, and no network.
 gpu-check:

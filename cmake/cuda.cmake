@@ -73,12 +73,22 @@ if(NOT CLINFAST_CUTLASS)
       "import importlib.util as u; print(u.find_spec('cutlass_library').submodule_search_locations[0] + '/source')"
     OUTPUT_VARIABLE CLINFAST_CUTLASS OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
 endif()
-if(EXISTS "${CLINFAST_CUTLASS}/include/cutlass/cutlass.h")
+if(NOT "${CMAKE_CUDA_ARCHITECTURES}" MATCHES "90a")
+  message(STATUS "CUDA kernels: no Hopper among the architectures, and so no Hopper product")
+elseif(EXISTS "${CLINFAST_CUTLASS}/include/cutlass/cutlass.h")
   message(STATUS "CUDA kernels: with the Hopper product, on CUTLASS in ${CLINFAST_CUTLASS}")
-  set_source_files_properties(csrc/cuda/linear_wgmma.cu PROPERTIES
-    COMPILE_DEFINITIONS CLINFAST_CUTLASS
-    COMPILE_OPTIONS "--expt-relaxed-constexpr"
-    INCLUDE_DIRECTORIES "${CLINFAST_CUTLASS}/include;${CLINFAST_CUTLASS}/tools/util/include")
+  # A library of its own: CUTLASS takes half a minute an architecture, and this is for one.
+  get_target_property(sources _C SOURCES)
+  list(FILTER sources EXCLUDE REGEX "linear_wgmma")
+  set_target_properties(_C PROPERTIES SOURCES "${sources}")
+  add_library(linear_wgmma OBJECT csrc/cuda/linear_wgmma.cu)
+  set_target_properties(linear_wgmma PROPERTIES
+    CUDA_ARCHITECTURES 90a-real CUDA_STANDARD 17 CUDA_VISIBILITY_PRESET hidden POSITION_INDEPENDENT_CODE ON)
+  target_compile_definitions(linear_wgmma PRIVATE CLINFAST_CUTLASS NDEBUG)
+  target_compile_options(linear_wgmma PRIVATE --expt-relaxed-constexpr)
+  target_include_directories(linear_wgmma PRIVATE
+    csrc "${CLINFAST_CUTLASS}/include" "${CLINFAST_CUTLASS}/tools/util/include")
+  target_sources(_C PRIVATE $<TARGET_OBJECTS:linear_wgmma>)
 else()
   message(STATUS "CUDA kernels: without the Hopper product, there is no CUTLASS (pip install nvidia-cutlass)")
 endif()

@@ -1,4 +1,4 @@
-// What the attention kernels share: which rows and keys a block has, and what it writes where there is nothing to compute.
+// What the attention kernels share: which rows and keys a block has, and what it writes where nothing is to compute.
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -6,8 +6,8 @@
 namespace clinfast {
 namespace cuda {
 
-// Queries are cut into tiles that start at their note's first row. Tile i of note b has slot cu_seqlens_q[b] / Rows + b + i:
-// no two tiles share one, there are q_tokens / Rows + batch of them, and the host need not know a length.
+// Queries are cut into tiles that start at their note's first row. Tile i of note b has slot
+// cu_seqlens_q[b] / Rows + b + i: no two tiles share one, there are q_tokens / Rows + batch of them, and the host need not know a length.
 template <int Rows> inline unsigned slots(const AttentionArgs &args) { return args.q_tokens / Rows + args.batch; }
 
 struct Work {
@@ -57,7 +57,8 @@ __device__ __forceinline__ void fill_rows(const AttentionArgs &args, int64_t fir
 }
 
 // True where nothing is left to do: no rows, or no keys, whose result is zero.
-template <typename T, int Rows> __device__ __forceinline__ bool is_trivial(const AttentionArgs &args, const Work &work) {
+template <typename T, int Rows>
+__device__ __forceinline__ bool is_trivial(const AttentionArgs &args, const Work &work) {
   if (work.rows < Rows && work.unowned < args.q_tokens)
     fill_rows<T>(args, work.unowned, min(work.unowned + Rows - work.rows, int64_t(args.q_tokens)),
                  __uint_as_float(0x7FFFFFFFu));

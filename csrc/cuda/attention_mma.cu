@@ -1,6 +1,6 @@
 // Attention for fp16 and bf16 on sm_80 and later: mma.sync, and cp.async one tile of keys ahead. A note of up to two
-// tiles of keys is loaded whole, and its softmax needs one pass. Which way a note goes depends on its keys alone, and so
-// do its bits.
+// tiles of keys is loaded whole, and its softmax needs one pass. Which way a note goes depends on its keys alone, and
+// so do its bits.
 #include "cuda/attention_tile.cuh"
 
 namespace clinfast {
@@ -12,7 +12,7 @@ template <int HeadDim> struct Shape {
   static constexpr int kWarps = D == 128 ? 8 : 4;
   static constexpr int kTiles = D <= 64 ? 2 : 1;  // of 16 queries a warp: each key fragment serves both
   static constexpr int kKeys = D <= 128 ? 64 : 32;
-  static constexpr bool kHeld = D == 32 || D == 128;  // queries stay in registers; at 64 that takes stack on sm_80 to 100
+  static constexpr bool kHeld = D == 32 || D == 128;  // queries stay in registers; at 64 there is no room
   static constexpr bool kWhole = D <= 128;
   static constexpr int kRows = kWarps * kTiles * 16, kThreads = kWarps * 32;
   static constexpr size_t kShared = size_t(kRows + 4 * kKeys) * D * 2;
@@ -34,7 +34,8 @@ template <typename T> __device__ __forceinline__ Source<T> source_of(const Atten
 }
 
 template <typename T, typename S>
-__device__ __forceinline__ void whole_note(const AttentionArgs &args, const Work &work, T *queries, T *keys, T *values) {
+__device__ __forceinline__ void whole_note(const AttentionArgs &args, const Work &work, T *queries, T *keys,
+                                           T *values) {
   constexpr int D = S::D, kAll = 2 * S::kKeys;
   const Source<T> source = source_of<T>(args, work);
   load_tile<D, S::kRows, S::kThreads>(queries, source.q, args.q_token_stride, work.rows, args);

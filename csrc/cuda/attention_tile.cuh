@@ -95,10 +95,9 @@ template <int Tiles> struct Softmax {
       for (int r = 0; r < 2; r++) most[t][r] = -INFINITY, sum[t][r] = 0;
   }
 
-  // Scores become shares of the softmax, and what was summed before fades to the new maximum.
-  template <bool Bounded, int N, int Columns>
-  __device__ __forceinline__ void update(float (&s)[Tiles][N][4], float (&o)[Tiles][Columns][4], float factor,
-                                         int count) {
+  // Scores become shares of the softmax; what was summed before is to be multiplied by `fades`.
+  template <bool Bounded, int N>
+  __device__ __forceinline__ void shares(float (&s)[Tiles][N][4], float (&fades)[Tiles][2], float factor, int count) {
     const int column = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int t = 0; t < Tiles; t++)
@@ -126,9 +125,26 @@ template <int Tiles> struct Softmax {
             added += s[t][n][i];
           }
         sum[t][r] = fmaf(sum[t][r], fade, added);
-#pragma unroll
-        for (int n = 0; n < Columns; n++) o[t][n][2 * r] *= fade, o[t][n][2 * r + 1] *= fade;
+        fades[t][r] = fade;
       }
+  }
+
+  template <bool Bounded, int N, int Columns>
+  __device__ __forceinline__ void update(float (&s)[Tiles][N][4], float (&o)[Tiles][Columns][4], float factor,
+                                         int count) {
+    float fades[Tiles][2];
+    shares<Bounded>(s, fades, factor, count);
+    fade(o, fades);
+  }
+
+  template <int Columns>
+  static __device__ __forceinline__ void fade(float (&o)[Tiles][Columns][4], const float (&fades)[Tiles][2]) {
+#pragma unroll
+    for (int t = 0; t < Tiles; t++)
+#pragma unroll
+      for (int n = 0; n < Columns; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) o[t][n][i] *= fades[t][i / 2];
   }
 };
 

@@ -47,7 +47,8 @@ enum class Epilogue { gelu, residual };
 template <typename Element, Epilogue kind, typename Tile> struct Gemm {
   using Fusion = std::conditional_t<
       kind == Epilogue::gelu,
-      cutlass::epilogue::fusion::LinCombPerColBiasEltAct<Gelu<Element>::template Of, Element, float, float, void, float>,
+      cutlass::epilogue::fusion::LinCombPerColBiasEltAct<Gelu<Element>::template Of, Element, float, float, void,
+                                                          float>,
       cutlass::epilogue::fusion::LinCombPerColBias<Element, float, float, Element, float>>;
   using Source = std::conditional_t<kind == Epilogue::gelu, void, Element>;
   using Cluster = Shape<_2, _1, _1>;
