@@ -7,7 +7,8 @@ namespace clinfast {
 namespace cuda {
 
 // Queries are cut into tiles that start at their note's first row. Tile i of note b has slot
-// cu_seqlens_q[b] / Rows + b + i: no two tiles share one, there are q_tokens / Rows + batch of them, and the host need not know a length.
+// cu_seqlens_q[b] / Rows + b + i: no two tiles share one, there are q_tokens / Rows + batch of them, and the host need
+// not know a length.
 template <int Rows> inline unsigned slots(const AttentionArgs &args) { return args.q_tokens / Rows + args.batch; }
 
 struct Work {

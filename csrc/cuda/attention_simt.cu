@@ -1,5 +1,6 @@
 // Attention in fp32 arithmetic: for fp32, and for 16-bit types on cards before sm_80. Tiles of queries and keys in
-// shared memory, a few rows and keys a thread, the softmax kept up as keys come (Milakov and Gimelshein, arXiv:1805.02867).
+// shared memory, a few rows and keys a thread, the softmax kept up as keys come (Milakov and Gimelshein,
+// arXiv:1805.02867).
 #include "cuda/attention.cuh"
 
 namespace clinfast {

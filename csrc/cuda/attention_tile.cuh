@@ -33,7 +33,8 @@ __device__ __forceinline__ void load_tile(T *to, const T *from, int64_t stride, 
       Vector<T> vector;
 #pragma unroll
       for (int j = 0; j < 8; j++)
-        vector.at[j] = row < valid && chunk * 8 + j < args.head_dim ? from[row * stride + chunk * 8 + j] : from_float<T>(0.0f);
+        vector.at[j] = row < valid && chunk * 8 + j < args.head_dim ? from[row * stride + chunk * 8 + j]
+                                                                    : from_float<T>(0.0f);
       *reinterpret_cast<Vector<T> *>(to + swizzled<D>(row, chunk)) = vector;
     }
   }

@@ -169,8 +169,10 @@ __device__ __forceinline__ bool barrier_passed(uint64_t *barrier, int parity) {
 }
 // Until the phase of this parity has ended.
 __device__ __forceinline__ void barrier_wait(uint64_t *barrier, int parity) {
-  asm volatile("{ .reg .pred done; CLINFAST_AGAIN_%=: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1; "
-               "@done bra CLINFAST_ENDED_%=; bra CLINFAST_AGAIN_%=; CLINFAST_ENDED_%=: }" ::"r"(shared_address(barrier)), "r"(parity)
+  asm volatile("{ .reg .pred done; "
+               "CLINFAST_AGAIN_%=: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1; "
+               "@done bra CLINFAST_ENDED_%=; bra CLINFAST_AGAIN_%=; CLINFAST_ENDED_%=: }" ::"r"(shared_address(barrier)),
+               "r"(parity)
                : "memory");
 }
 // What this thread wrote to shared memory is seen by wgmma, which reads it through another proxy.

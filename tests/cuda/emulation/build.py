@@ -77,6 +77,19 @@ def build() -> Path:
     return module
 
 
+def library(source: Path) -> Path:
+    """A plain shared library of one source under the emulation, once for each content."""
+    digest = hashlib.sha256(source.read_bytes() + _content().encode()).hexdigest()[:16]
+    target = CACHE / f"{source.stem}.{digest}.so"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_suffix(f".{os.getpid()}")
+        includes = ["-I", str(CSRC), "-I", str(HERE)]
+        run([compiler(), *FLAGS, "-fvisibility=default", *includes, "-shared", str(source), "-o", str(unfinished)])
+        unfinished.rename(target)
+    return target
+
+
 def run(words: list[str]) -> None:
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:

@@ -1,7 +1,7 @@
 // A CUDA kernel on the CPU, from the same source: blocks one after the other, the threads of a block as fibers. Every
 // warp operation waits until the 32 lanes have come and is then done for all of them; shared memory starts as 0xFF
-// (NaN) in every block; a cp.async lands only when its group is waited for. A warp runs as far as it can before the next
-// one does, from the first to the last or from the last to the first, so that many a missing barrier shows. What this
+// (NaN) in every block; a cp.async lands only when its group is waited for. A warp runs as far as it can before the
+// next one does, from the first to the last or from the last to the first, so that many a missing barrier shows. What this
 // checks is arithmetic, indexing and waits. It cannot see every race between warps, nor the memory model.
 #pragma once
 
@@ -102,7 +102,7 @@ inline void switch_to(Fiber *next) {
   setcontext(&next->context);
 }
 
-// The next thread of ranks [first, first + count) that can run, in the order of the machine, starting after the current.
+// The next thread of ranks [first, first + count) that can run, in the machine's order, starting after the current.
 inline Fiber *runnable(int first, int count) {
   Machine &m = machine;
   const int own = (m.current->rank - first + count) % count;
