@@ -97,7 +97,7 @@ def tests() -> dict[str, Any]:
 
 
 def sanitizer() -> dict[str, Any]:
-    """The CUDA C++ kernels on small shapes under memcheck and racecheck, where compute-sanitizer is installed and works."""
+    """The CUDA C++ kernels on small shapes under memcheck and racecheck, where compute-sanitizer works."""
     tool = shutil.which("compute-sanitizer")
     if tool is None or not (ROOT / "tests" / "cuda").is_dir():
         return {"status": 0, "note": "compute-sanitizer is not installed"}

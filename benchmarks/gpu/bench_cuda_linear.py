@@ -1,4 +1,4 @@
-"""bias + exact GELU behind the product: ours on Hopper against the library with a second kernel, and its tanh epilogue."""
+"""bias + exact GELU behind the product: ours on Hopper against the library with a second kernel, and its tanh form."""
 
 import pytest
 import torch

@@ -134,7 +134,8 @@ def complaints(source: Path, target: str) -> list[str]:
         if (k.stack or k.spills) and not k.name.startswith(SLOW_KERNELS or ("\0",))
     ]
     text = messages(source, target)
-    return found + [f"{source.name} on sm_{target}: {line}" for line in text.splitlines() if re.search(r"C75\d\d", line)]
+    lines = [line for line in text.splitlines() if re.search(r"C75\d\d", line)]
+    return found + [f"{source.name} on sm_{target}: {line}" for line in lines]
 
 
 def compile_all(targets: tuple[str, ...]) -> None:

@@ -9,11 +9,12 @@ from clinfast.backends.cuda import native
 from clinfast.backends.cuda.embedding import embedding, prechecked
 
 DTYPES = list(native.DTYPES)
+SHAPES = [(1, 1, 1), (2, 7, 33), (2, 5, 384), (1, 6, 1023), (1, 3, 1032)]
 
 
 @pytest.mark.parametrize("table_dtype", DTYPES)
 @pytest.mark.parametrize("out_dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "seqlen", "hidden"), [(1, 1, 1), (2, 7, 33), (2, 5, 384), (1, 6, 1023), (1, 3, 1032)])
+@pytest.mark.parametrize(("batch", "seqlen", "hidden"), SHAPES)
 def test_matches_reference(machine, batch, seqlen, hidden, table_dtype, out_dtype):
     for types, table, placed in ((True, True, False), (False, True, True), (True, False, False), (False, False, True)):
         args = case(batch, seqlen, hidden, table_dtype, types, table, keep=1, out=out_dtype, placed=placed)

@@ -3,6 +3,7 @@ import re
 import pytest
 import torch
 
+import clinfast  # noqa: F401 - defines every op
 from clinfast.backends import cuda
 from clinfast.backends.cuda import native
 from clinfast.ops import choices, registry

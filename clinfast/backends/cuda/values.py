@@ -69,10 +69,8 @@ def check_embedding(
     if token_type is not None:
         types = torch.zeros_like(at) if token_type_ids is None else token_type_ids.reshape(-1)[at]
         looked_up.append(("token_type_ids", types, "token_type", token_type))
-    if position_ids is None:
-        positions = at % max(seqlen, 1) + position_offset
-    else:
-        positions = position_ids.reshape(-1)[at]
+    counted = at % max(seqlen, 1) + position_offset
+    positions = counted if position_ids is None else position_ids.reshape(-1)[at]
     looked_up.append(("the position", positions, "position", position))
     for source, values, name, table in looked_up:
         bad = _first((values < 0) | (values >= table.shape[0]))

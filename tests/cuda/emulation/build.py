@@ -39,7 +39,7 @@ def compiler() -> str:
 
 
 def _sources() -> list[Path]:
-    return sorted((CSRC / "cuda").glob("*.cu")) + [CSRC / "cuda_bindings.cpp", HERE / "module.cpp"]
+    return [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda_bindings.cpp", HERE / "module.cpp"]
 
 
 def _content() -> str:
