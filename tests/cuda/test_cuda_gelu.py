@@ -94,6 +94,11 @@ def test_writes_nothing_outside_the_result(machine, hidden, dtype):
     assert (big == torch.tensor(SENTINEL, dtype=dtype)).all()
 
 
+def test_a_launch_that_fails_names_the_kernel(machine):
+    with pytest.raises(RuntimeError, match=r"gelu: the CUDA kernel was not launched: .* \(error 1\)"):
+        machine.kernels.gelu(0, 0, 0, 8, 8, 2**40, 8, 0, 0, *machine.device_and_stream())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -23,6 +23,9 @@ def unavailable() -> str | None:
 def implementations() -> dict[str, Callable[..., Any]]:
     if unavailable() is not None:
         return {}
+    from clinfast.backends.cuda import native
+
+    native.prepare_current()
     found: dict[str, Callable[..., Any]] = {}
     for name in MODULES:
         found.update(importlib.import_module(f"{__name__}.{name}").IMPLEMENTATIONS)

@@ -70,6 +70,12 @@ def on(device: int) -> ModuleType:
     return module
 
 
+def prepare_current() -> None:
+    """Load everything on the current device now; other devices are prepared by their first call."""
+    if ON_CUDA:
+        on(torch.cuda.current_device())
+
+
 def _raw_stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
