@@ -19,7 +19,7 @@ from types import CodeType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clinfast.engine import compiled
 from clinfast.engine.spec import Match, NotServed, Request, Unsupported
@@ -211,8 +211,17 @@ def _stock(module: nn.Module, armed: _Armed, args: tuple[Any, ...], kwargs: dict
     output = type(module).forward(module, *args, **kwargs)
     if isinstance(output, tuple):
         raise ValueError("logits_positions needs an output with names; pass return_dict=True")
-    output["logits"] = output["logits"][positions]
+    logits = output["logits"]
+    # Any other index would pick something, and not what was meant.
+    if not isinstance(positions, Tensor) or positions.dtype is not torch.bool or positions.shape != logits.shape[:2]:
+        given = _describe(positions) if isinstance(positions, Tensor) else f"a {type(positions).__qualname__}"
+        raise ValueError(f"logits_positions is {given}; a bool tensor {list(logits.shape[:2])} is needed")
+    output["logits"] = logits[positions]
     return output
+
+
+def _describe(x: Tensor) -> str:
+    return f"{list(x.shape)} {x.dtype}"
 
 
 class StockState:
