@@ -9,7 +9,6 @@ from attention_models import (
     COMMON,
     FAMILIES,
     LAYERS,
-    OLD,
     Stock,
     assert_in_budget,
     counted,
@@ -20,13 +19,14 @@ from attention_models import (
     randomize,
 )
 from torch._dynamo.testing import CompileCounter
+from transformers_version import FOUR
 
 import clinfast
 from clinfast.integrations import attention_interface, key_mask
 from clinfast.reason import ClinfastWarning
 
 pytestmark = [
-    pytest.mark.skipif(OLD, reason="attn_implementation='clinfast' takes effect on transformers 5"),
+    pytest.mark.skipif(FOUR, reason="attn_implementation='clinfast' takes effect on transformers 5"),
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:attn_implementation:clinfast.reason.ClinfastWarning"),
 ]
