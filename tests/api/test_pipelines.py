@@ -7,6 +7,7 @@ import pytest
 import torch
 from bert_models import make, worst_error
 from transformers import BertTokenizerFast, pipeline
+from transformers_version import FOUR
 
 import clinfast
 
@@ -164,3 +165,46 @@ def test_cross_encoder(tokenizer, tmp_path):
     assert_ran(encoder, 2)
     clinfast.restore(encoder)
     np.testing.assert_array_equal(encoder.predict(pairs), expected)
+
+
+def test_sparse_encoder(tokenizer, tmp_path):
+    """SPLADE: the vocabulary's logits at every token, pooled to one sparse vector a note."""
+    make("mlm", vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    encoder = sentence_transformers.SparseEncoder(str(tmp_path), device="cpu")
+    expected = encoder.encode(NOTES, convert_to_sparse_tensor=False)
+    assert clinfast.optimize(encoder) is encoder
+    ours = encoder.encode(NOTES, convert_to_sparse_tensor=False)
+    assert ours.shape == (len(NOTES), len(tokenizer))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+    for batch_size in (1, 2):
+        assert torch.equal(ours, encoder.encode(NOTES, convert_to_sparse_tensor=False, batch_size=batch_size))
+    assert_ran(encoder, 3)
+    assert clinfast.report(encoder).units[0].facts["head"] == "masked_lm"
+    clinfast.restore(encoder)
+    assert torch.equal(encoder.encode(NOTES, convert_to_sparse_tensor=False), expected)
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", "max"])
+def test_pooling_modes(tokenizer, tmp_path, mode):
+    make(vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    parts = sentence_transformers.models
+    word = parts.Transformer(str(tmp_path))
+    embedder = sentence_transformers.SentenceTransformer(
+        modules=[word, parts.Pooling(64, pooling_mode=mode)], device="cpu"
+    )
+    expected = embedder.encode(NOTES)
+    clinfast.optimize(embedder)
+    np.testing.assert_allclose(embedder.encode(NOTES), expected, rtol=0, atol=1e-4)
+    assert_ran(embedder)
+
+
+@pytest.mark.skipif(not FOUR, reason="transformers 5 has no question-answering pipeline")
+def test_question_answering(tokenizer):
+    run = pipeline("question-answering", model=tagged("qa", tokenizer), tokenizer=tokenizer, device="cpu")
+    asked = {"question": "What dose?", "context": " ".join(NOTES * 4), "doc_stride": 16, "max_seq_len": 48, "top_k": 3}
+    expected = run(**asked)
+    clinfast.optimize(run)
+    assert_alike(run(**asked), expected)
+    assert_ran(run)
