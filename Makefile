@@ -12,7 +12,7 @@ OLDER_TRANSFORMERS := 4.57 4.48
 VERSION_TESTS := tests/models tests/patch tests/api tests/integrations tests/test_readme.py \
 	-k "not (any_shape or any_one_weight or long_notes or precision_apart or torch_backend or TestCompile)"
 
-.PHONY: demo test test-versions lint bench bench-ops gpu-check clean
+.PHONY: demo test test-versions test-quantized lint bench bench-ops gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m clinfast.demo
@@ -21,8 +21,11 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -q
 
 # Side by side, each on one thread.
-test-versions: $(OLDER_TRANSFORMERS:%=$(VENV)-transformers-%/.ready)
-	$(MAKE) --no-print-directory -j2 --output-sync=target $(OLDER_TRANSFORMERS:%=test-transformers-%)
+test-versions: $(OLDER_TRANSFORMERS:%=$(VENV)-transformers-%/.ready) $(VENV)-quantized/.ready
+	$(MAKE) --no-print-directory -j2 --output-sync=target $(OLDER_TRANSFORMERS:%=test-transformers-%) test-quantized
+
+test-quantized: $(VENV)-quantized/.ready
+	OMP_NUM_THREADS=1 $(VENV)-quantized/bin/python -m pytest -q -p no:cacheprovider tests/patch/test_quantized.py
 
 test-transformers-%: $(VENV)-transformers-%/.ready
 	OMP_NUM_THREADS=1 $(VENV)-transformers-$*/bin/python -m pytest -q -p no:cacheprovider $(VERSION_TESTS)
@@ -56,19 +59,27 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test]"
 	touch $@
 
-# An environment of its own that sees the packages of $(VENV), and puts an older transformers before them.
+# An environment of its own that sees the packages of $(VENV), with others put before them.
+define beside
+$(BIN)/python -m venv $(@D)
+here=$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+there=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+echo "import site; site.addsitedir('$$there')" > $$here/packages_of_the_newest.pth
+$(@D)/bin/python -m pip install -q --disable-pip-version-check $(1)
+touch $@
+endef
+
 .PRECIOUS: $(VENV)-transformers-%/.ready
 $(VENV)-transformers-%/.ready: $(VENV)/.test
-	$(BIN)/python -m venv $(@D)
-	here=$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
-	there=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
-	echo "import site; site.addsitedir('$$there')" > $$here/packages_of_the_newest.pth
-	$(@D)/bin/python -m pip install -q --disable-pip-version-check "transformers==$*.*" sentence-transformers peft accelerate
-	touch $@
+	$(call beside,"transformers==$*.*" sentence-transformers peft accelerate)
+
+# Apart from $(VENV): where torchao is installed, transformers imports it, which takes seconds and prints.
+$(VENV)-quantized/.ready: $(VENV)/.test
+	$(call beside,torchao bitsandbytes)
 
 $(VENV)/.bench: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench,peers]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers-* build *.egg-info clinfast/_C*.so
+	rm -rf $(VENV) $(VENV)-transformers-* $(VENV)-quantized build *.egg-info clinfast/_C*.so
