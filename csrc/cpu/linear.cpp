@@ -2,6 +2,8 @@
 // [panel][step][kPanel] words, where a word is one fp32 value or two bf16 neighbours along the inputs. The next block
 // of the panel is fetched while this one is multiplied, so that few rows cost the larger of memory and arithmetic and
 // not their sum. A row's sum runs over the inputs in the same order whatever rows stand beside it.
+#include <unistd.h>
+
 #include "gelu.h"
 #include "linear_tile.h"
 
@@ -9,6 +11,24 @@ namespace clinfast {
 namespace CLINFAST_ISA {
 
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many steps of a panel are multiplied before the next rows' turn, and of how many rows.
+struct Blocking {
+  int64_t steps, rows;
+};
+
+// Half a panel's block of kMaxBlockSteps fits a first-level cache of 48 KiB and is read from there by every tile of rows
+// but the first; smaller caches read whole blocks from the second level, where longer sums in registers pay instead.
+static Blocking blocking(int64_t input_bytes) {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const bool large = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10;
+#else
+  static const bool large = false;
+#endif
+  if (!large) return {kMaxBlockSteps, 128};
+  const int64_t rows = (1 << 20) / input_bytes;
+  return {kMaxBlockSteps / 2, rows < 32 ? 32 : rows < kMaxBlockRows ? rows : kMaxBlockRows};
+}
 
 static inline Vec tanh_of(Vec x) {
   // (1 - e) / (1 + e) with e = exp(-2 |x|) loses nothing where e is far from 1; near 0 the odd series is exact.
@@ -54,13 +74,14 @@ static void finish_rows(const LinearArgs &a, const float *sums, int64_t row, int
 
 // Rows [row, row + rows) of one panel. `sums` has room for rows * kPanel.
 template <typename T>
-static void multiply_panel(const LinearArgs &a, int64_t panel, int64_t row, int64_t rows, float *sums) {
+static void multiply_panel(const LinearArgs &a, int64_t block_steps, int64_t panel, int64_t row, int64_t rows,
+                           float *sums) {
   using L = Layout<T>;
   const int64_t steps = L::steps(a.in_features), tiles = divide_up(rows, kTileRows);
   const typename L::Word *b = static_cast<const typename L::Word *>(a.packed) + panel * steps * kPanel;
   const T *x = static_cast<const T *>(a.x) + row * a.x_stride;
-  for (int64_t step = 0; step < steps; step += kBlockSteps) {
-    const int64_t count = steps - step < kBlockSteps ? steps - step : kBlockSteps;
+  for (int64_t step = 0; step < steps; step += block_steps) {
+    const int64_t count = steps - step < block_steps ? steps - step : block_steps;
     const typename L::Word *block = b + step * kPanel;
     // What follows in memory is what this thread multiplies next: the panel's next block, or the next panel.
     const char *next = reinterpret_cast<const char *>(block + count * kPanel);
@@ -80,7 +101,8 @@ static void multiply_panel(const LinearArgs &a, int64_t panel, int64_t row, int6
 template <typename T> static void linear_rows(const LinearArgs &a) {
   if (!a.rows || !a.out_features) return;
   const int64_t panels = divide_up(a.out_features, kPanel);
-  const int64_t most = kBlockBytes / (kBlockSteps * Layout<T>::kWordInputs * int64_t(sizeof(T)));
+  const Blocking shape = blocking(a.in_features * int64_t(sizeof(T)));
+  const int64_t most = shape.rows / kTileRows * kTileRows;
   // Rows are split further where there are more threads than panels.
   int64_t parts = divide_up(a.rows, most);
   if (panels < 2 * a.num_threads) parts = parts > divide_up(2 * a.num_threads, panels) ? parts : divide_up(2 * a.num_threads, panels);
@@ -94,7 +116,7 @@ template <typename T> static void linear_rows(const LinearArgs &a) {
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < tasks; task++) {
       const int64_t row = task / panels * block;
-      multiply_panel<T>(a, task % panels, row, a.rows - row < block ? a.rows - row : block, sums);
+      multiply_panel<T>(a, shape.steps, task % panels, row, a.rows - row < block ? a.rows - row : block, sums);
     }
   }
 }

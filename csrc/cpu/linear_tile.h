@@ -15,9 +15,8 @@ static constexpr int kTileRows = 6, kTileVecs = 4;
 static constexpr int kTileRows = 4, kTileVecs = 3;
 #endif
 static constexpr int kPanel = kTileVecs * Vec::N;
-// A block of the panel (kBlockSteps * kPanel words), the next one and the inputs' block share the second-level cache.
-static constexpr int64_t kBlockSteps = 384, kBlockBytes = 196608;
-static constexpr int64_t kMaxBlockRows = kBlockBytes / (kBlockSteps * 2);
+// The inputs' block and what lies around it share the second-level cache.
+static constexpr int64_t kMaxBlockRows = 256, kMaxBlockSteps = 384;
 static constexpr int64_t kFetchSteps = 32;
 // Longest chain of multiply-adds, for the sake of its rounding: longer sums are made of such pieces.
 static constexpr int64_t kChainSteps = 192;
