@@ -57,7 +57,7 @@ def test_mistakes_name_the_argument(model, positions, words):
     with pytest.raises(ValueError, match=words):
         run(model, **INPUTS, logits_positions=positions)
     if "masks that" not in words:
-        with clinfast.disabled(model), pytest.raises(ValueError, match="logits_positions is .* is needed"):
+        with clinfast.disabled(model), pytest.raises(ValueError, match=r"logits_positions is .* is needed"):
             run(model, **INPUTS, logits_positions=positions)
     run(model, **INPUTS, logits_positions=CHOSEN)
 
