@@ -26,6 +26,9 @@ from clinfast.engine.spec import Match, NotServed, Request, Unsupported
 from clinfast.guard import POSITIONS, Guard
 from clinfast.reason import Reason, StrictError, warn
 
+# Dynamo of torch 2.6 cannot call the guard while it traces; older releases than those tested compile the stock model.
+COMPILES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+
 if TYPE_CHECKING:
     from clinfast.engine.encoder import Encoder
 
@@ -137,7 +140,8 @@ class PatchedForward:
         if armed is None:
             return self._after_restore(module, args, kwargs)
         if torch.compiler.is_compiling():
-            return self._compiling(module, armed, args, kwargs)
+            call = self._compiling if COMPILES else _stock
+            return call(module, armed, args, kwargs)
         if self._paused_here.count:
             return self._fall_back(module, armed, DISABLED, args, kwargs)
         request = armed.guard.admit(module, args, kwargs)
