@@ -37,6 +37,10 @@ def index_of(tensor: torch.Tensor) -> int:
     return 0 if index is None else index
 
 
+def current() -> int:
+    return torch.cuda.current_device()
+
+
 def no_gpu() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU"

@@ -55,7 +55,8 @@ def launch(
     Raises:
         KernelUnavailable: nothing to run it with.
     """
-    index = device.index_of(next(a for a in args if a is not None).tensor if type(args[0]) is Matrix else args[0])
+    first = args[0]
+    index = device.index_of(first.tensor if type(first) is Matrix else first)
     kinds = tuple([a.dtype if isinstance(a, (Tensor, Matrix)) else type(a) for a in args])
     key = (name, index, num_warps, num_stages, constants, kinds)
     run = _runners.get(key)
