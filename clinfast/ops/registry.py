@@ -36,6 +36,7 @@ class Backend:
 
 BACKENDS = {
     "cpu": Backend("clinfast.backends.cpu", ("cpu",)),
+    "triton": Backend("clinfast.backends.triton", ("cuda",)),
     "torch": Backend("clinfast.backends.torch", ("cpu", "cuda")),
 }
 
@@ -117,13 +118,25 @@ def order(backend: str, device: str) -> list[str]:
     return [backend]
 
 
+def unavailable(backend: str) -> str | None:
+    """None where a backend of that name is ready on this machine, else the reason in a sentence."""
+    module = importlib.import_module(BACKENDS[backend].home)
+    reason: str | None = module.unavailable() if hasattr(module, "unavailable") else None
+    return reason
+
+
 @functools.cache
-def implementation(name: str, backend: str, device: str = "cpu") -> Callable[..., Any]:
-    """The function that serves op `name` on `device`: the first backend in `order` that offers it."""
+def implementation(name: str, backend: str, device: str = "cpu", *, prechecked: bool = False) -> Callable[..., Any]:
+    """The function that serves op `name` on `device`: the first backend in `order` that offers it.
+
+    `prechecked` asks for a form that takes the values of ids, indices and boundaries for checked, as those are that
+    `pack` made: on an accelerator, looking at them again would wait for it.
+    """
     chosen = os.environ.get(f"CLINFAST_BACKEND_{name.partition('.')[0].upper()}", backend)
     for candidate in order(chosen, device):
         module = importlib.import_module(BACKENDS[candidate].home)
-        found = module.implementations().get(name)
+        offered = module.implementations()
+        found = (offered.get(f"{name}.prechecked") if prechecked else None) or offered.get(name)
         if found is not None:
             return counted(f"{name}[{candidate}]", found)
     raise RuntimeError(
