@@ -74,7 +74,7 @@ def optimize(
         model: a transformers model, a `pipeline`, a `SentenceTransformer` or `CrossEncoder`, or any `nn.Module` that
             contains an encoder that clinfast knows.
         precision: `"auto"` (the model's own dtype), `"fp32"` or `"bf16"`; outputs keep the model's dtype.
-        backend: `"auto"`, `"cpu"` (compiled kernels) or `"torch"` (pure PyTorch).
+        backend: `"auto"`, `"cpu"` (compiled kernels), `"triton"` (kernels for NVIDIA GPUs) or `"torch"` (pure PyTorch).
         padding: `"remove"` computes real tokens only and returns zeros at padded positions; `"keep"` computes every
             position as stock does.
         reproducible: True demands that a note's output has the same bits in any batch; on the CPU that is so by
@@ -92,14 +92,8 @@ def optimize(
             not serve; or a trial batch that differs from stock. The model is then left as it was.
     """
     options = Options(precision, backend, padding, reproducible, inference_only, strict, weights)
-    if backend == "cpu" and cpu.unavailable() is not None:
-        raise ValueError(f"backend='cpu' is not there: {cpu.unavailable()}; backend='torch' works everywhere")
-    if backend == "auto" and cpu.unavailable() is not None:
-        warnings.warn(
-            f"the compiled kernels are not there ({cpu.unavailable()}); pure PyTorch serves, at a part of the speed",
-            ClinfastWarning,
-            stacklevel=2,
-        )
+    if backend != "auto" and (reason := registry.unavailable(backend)) is not None:
+        raise ValueError(f"backend={backend!r} is not there: {reason}; backend='torch' works everywhere")
     units = patch.find_units(model)
     if not units:
         raise ValueError(
@@ -109,6 +103,8 @@ def optimize(
     for unit in units:
         if patch.patched(unit.module) is not None:
             raise ValueError(f"{_name(unit)} is optimized already; call clinfast.restore(model) first")
+    if backend == "auto":
+        _warn_of_slow(units)
     refused: list[tuple[patch.Unit, str]] = []
     try:
         for unit in units:
@@ -126,6 +122,24 @@ def optimize(
         patch.mark_refused(unit.module, reason)
         warnings.warn(f"{_name(unit)} is left stock: {reason}", ClinfastWarning, stacklevel=2)
     return model
+
+
+def _warn_of_slow(units: Sequence[patch.Unit]) -> None:
+    """Where only pure PyTorch is left for the devices that the units are on."""
+    for device in sorted({_device_of(unit) for unit in units if unit.match is not None}):
+        reasons = [registry.unavailable(name) for name in registry.order("auto", device)[:-1]]
+        if reasons and None not in reasons:
+            warnings.warn(
+                f"the compiled kernels are not there ({'; '.join(map(str, reasons))}); pure PyTorch serves, at a part of "
+                "the speed",
+                ClinfastWarning,
+                stacklevel=3,
+            )
+
+
+def _device_of(unit: patch.Unit) -> str:
+    assert unit.match is not None
+    return next(iter(unit.match.parameters.values())).tensor().device.type
 
 
 def _optimize_unit(unit: patch.Unit, options: Options) -> None:
@@ -189,7 +203,7 @@ def warmup(model: Any, lengths: Sequence[int] = (16, 64, 128, 256, 512)) -> None
         spec = forward.encoder.spec
         for length in lengths:
             length = max(1, min(int(length), spec.max_seqlen))
-            ids = torch.zeros(1, length, dtype=torch.long)
+            ids = torch.zeros(1, length, dtype=torch.long, device=forward.encoder.refs[0].tensor().device)
             forward.encoder.run(Request(ids, None, None))
 
 
@@ -239,7 +253,7 @@ def info() -> Info:
         isas=isas,
         threads=torch.get_num_threads(),
         cores=available_cores(),
-        backends={"cpu": "ready" if reason is None else reason, "torch": "ready"},
+        backends={name: registry.unavailable(name) or "ready" for name in registry.BACKENDS},
         versions={name: _version(name) for name in ("clinfast", "torch", "transformers")}
         | {"python": platform.python_version()},
         attention_interface=attention_interface.describe(),
