@@ -76,7 +76,7 @@ def tiles_kernel(
 @triton.jit
 def _load_rows(ptr, first, stride, rows, columns, count, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
     """[rows, BLOCK_D] from row `first` on; zeros past `count` rows where MASKED, and past HEAD_DIM columns."""
-    at = ptr + first.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    at = ptr + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
     if MASKED:
         if HEAD_DIM == BLOCK_D:
             return tl.load(at, mask=(first + rows < count)[:, None], other=0.0)
@@ -135,7 +135,7 @@ def attention_kernel(
     out_token,
     out_head,
     bias_reach,
-    qk_scale,  # scale * log2(e), at least 0
+    qk_scale,  # scale * log2(e), more than 0
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,

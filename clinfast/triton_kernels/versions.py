@@ -41,3 +41,8 @@ def descriptor_metadata(compiled: Any) -> list[dict[str, Any]]:
     """By descriptor argument: `swizzle`, `elem_size`, `elem_type`, `block_size`, for cuTensorMapEncodeTiled."""
     found = getattr(compiled.metadata, "tensordesc_meta", None) or []
     return [dict(entry) for entry in found if entry is not None]
+
+
+def host_element(device_type: int) -> int:
+    """CUtensorMapDataType of the number that a kernel's metadata has: three of them are in another order there."""
+    return {8: 10, 9: 8, 10: 9}.get(device_type, device_type)

@@ -140,8 +140,8 @@ def extended(
         together = 1
     block_m, block_n, warps, stages = configs.attention(device.device_class(index), q.itemsize, head_dim, kind)
     tiles, bound = _tiles(cu_seqlens_q, cu_seqlens_k, seqused_k, q_tokens, k.shape[0], block_m)
-    if scale < 0:  # the running maximum is taken before the factor
-        q, scale = -q, -scale
+    if scale <= 0:  # the kernel takes the maximum before the factor, and masked scores are infinite
+        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     launch(
         "attention_kernel", (heads // together, bound, 1),
         (q, k, v, out, tiles, bias, bound, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], heads * head_dim,

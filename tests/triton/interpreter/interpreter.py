@@ -72,6 +72,11 @@ def floats(handle):
     return decode(handle.data) if handle.dtype.scalar == tl.bfloat16 else handle.data
 
 
+def as_mask(mask):
+    """3.9 loses the type of `tests & (scalar != 0)`, and then refuses it."""
+    return interpreter.TensorHandle(np.asarray(mask.data).astype(bool), tl.int1)
+
+
 def install() -> None:
     builder = interpreter.InterpreterBuilder
     cast, binary, dot = builder.cast_impl, builder.binary_op, builder.create_dot
@@ -98,22 +103,24 @@ def install() -> None:
         product = np.matmul(floats(a), floats(b), dtype=np.float32)
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
-    def create_masked_load(self, ptrs, mask, other, *rest):
-        kept = np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)
+    def create_masked_load(self, ptrs, mask, other, *rest, **options):
+        mask = as_mask(mask)
+        kept = np.broadcast_to(mask.data, ptrs.data.shape)
         launch.check(ptrs.data[kept], ptrs.get_element_ty().primitive_bitwidth // 8 or 1, "a load")
-        result = load(self, ptrs, mask, other, *rest)
+        result = load(self, ptrs, mask, other, *rest, **options)
         if other is None and result.data.dtype in NUMPY_FLOATS:
             result.data = np.where(kept, result.data, np.nan).astype(result.data.dtype)
         return result
 
-    def create_masked_store(self, ptrs, value, mask, *rest):
-        kept = np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)
+    def create_masked_store(self, ptrs, value, mask, *rest, **options):
+        mask = as_mask(mask)
+        kept = np.broadcast_to(mask.data, ptrs.data.shape)
         addresses = ptrs.data[kept]
         launch.check(addresses, value.dtype.primitive_bitwidth // 8 or 1, "a store")
         unique = np.unique(addresses)
         assert len(unique) == len(addresses), "one program writes to an address twice in one store"
         launch.written.setdefault(tuple(self.grid_idx), []).append(unique)
-        return store(self, ptrs, value, mask, *rest)
+        return store(self, ptrs, value, mask, *rest, **options)
 
     builder.cast_impl, builder.binary_op, builder.create_dot = cast_impl, binary_op, create_dot
     builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
