@@ -92,7 +92,8 @@ def _block(name: str, values: dict[str, Any]) -> str:
 def _check_parameters(ptx: str, kinds: str) -> None:
     """The launcher's view of the parameters against the compiler's, with the two of scratch behind."""
     found = []
-    for line in ptx[: ptx.index("{")].splitlines():
+    start = ptx.index(".entry")
+    for line in ptx[start : ptx.index("\n{", start)].splitlines():
         if ".param" in line:
             block = re.search(r"\[(\d+)\]", line)
             width = re.search(r"\.[usbf](\d+) ", line)

@@ -1,6 +1,6 @@
 """`pack`, `unpack`, `position_ids`.
 
-`pack` is one launch while the whole batch fits the registers of one program (`SINGLE_POSITIONS`); beyond, a second
+`pack` is one launch while the whole batch fits the registers of one program (`variants.PACK_TILES`); beyond, a second
 launch spares the first one a scan across programs, which would need flags in memory that someone has to reset.
 """
 

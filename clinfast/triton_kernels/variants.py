@@ -14,7 +14,7 @@ from clinfast.triton_kernels import configs
 HIDDEN_WIDTHS = (128, 256, 512, 1024)
 FLOATS = ("bf16", "fp16", "fp32")
 # [batch, seqlen] tiles of `pack_kernel`, the smallest that holds the batch is taken.
-PACK_TILES = ((1, 128), (1, 512), (8, 128), (8, 512), (32, 128), (32, 512))
+PACK_TILES = ((1, 128), (1, 512), (8, 128), (8, 512), (32, 128))
 PACK_BLOCK = 512
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
