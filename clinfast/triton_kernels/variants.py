@@ -225,3 +225,32 @@ def linear_variant(tiles: configs.Linear, activation: str, floats: str, even_k: 
     else:
         kernel, constants = "linear_kernel", (activation, m, n, k, group, even_k, "ieee")  # type: ignore[assignment]
     return make(kernel, NORM, constants, warps, stages, floats, absent=("residual_ptr",))
+
+
+def tabled(of_class: int) -> list[Variant]:
+    """What the tuning table can lead to beyond the shipped variants: other dtypes, head dimensions and epilogues."""
+    found = []
+    for floats, itemsize in (("bf16", 2), ("fp32", 4)):
+        for head_dim in (16, 32, 64, 128, 256):
+            for kind in ("long", "short", "few"):
+                m, n, warps, stages = configs.attention(of_class, itemsize, head_dim, kind)
+                for absent, window in ((("bias_ptr",), -1), ((), 64)):
+                    pointers = {"tiles_ptr": "i32", "bias_ptr": "fp32"}
+                    constants = (head_dim, head_dim, m, n, 1, window, "ieee")
+                    found.append(make("attention_kernel", pointers, constants, warps, stages, floats, absent))
+    for rows in (1, 1024, 1 << 20):
+        tiles = configs.linear(of_class, 2, 768, 3072, rows)
+        for even_k in (True, False):
+            found.append(linear_variant(tiles._replace(tma=False), "gelu", "bf16", even_k))
+        for activation in ("none", "relu", "tanh"):
+            found.append(linear_variant(tiles, activation, "bf16"))
+        with_residual = list(linear_variant(tiles, "none", "bf16").types)
+        names = [name for name, _ in KERNELS["linear_tma_kernel" if tiles.tma else "linear_kernel"].arguments]
+        with_residual[names.index("residual_ptr")] = "bf16"
+        found.append(linear_variant(tiles, "none", "bf16")._replace(types=tuple(with_residual)))
+    found.append(linear_variant(configs.linear(of_class, 4, 768, 3072, 1), "gelu", "fp32"))
+    for width in (2048, 4096, 8192):
+        lines, warps = configs.rows(of_class, width)
+        found.append(make("layer_norm_kernel", NORM, (lines, width), warps))
+    known = set(shipped(of_class))
+    return [variant for variant in dict.fromkeys(found) if variant not in known]

@@ -111,13 +111,14 @@ def extended(
     window: int | None = None,
     bias: Tensor | None = None,
     heads_together: int | None = None,
+    tiles: configs.Attention | None = None,
 ) -> Tensor:
     """`attention` with two options of later architectures.
 
     Args:
         window: a query looks at keys at most so far from its own place in the note; those outside are skipped.
         bias: [heads, 2 R + 1] fp32, added to the scaled scores by the key's place minus the query's, clamped to R.
-        heads_together: heads a program takes, for tuning; must divide the number of heads.
+        heads_together, tiles: heads a program takes, which must divide their number, and its tiles, for tuning.
     """
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
     q_tokens, heads, head_dim = q.shape
@@ -138,13 +139,15 @@ def extended(
     together = heads_together or together
     if window is not None or bias is not None:
         together = 1
-    block_m, block_n, warps, stages = configs.attention(device.device_class(index), q.itemsize, head_dim, kind)
-    tiles, bound = _tiles(cu_seqlens_q, cu_seqlens_k, seqused_k, q_tokens, k.shape[0], block_m)
+    if tiles is None:
+        tiles = configs.attention(device.device_class(index), q.itemsize, head_dim, kind)
+    block_m, block_n, warps, stages = tiles
+    work, bound = _tiles(cu_seqlens_q, cu_seqlens_k, seqused_k, q_tokens, k.shape[0], block_m)
     if scale <= 0:  # the kernel takes the maximum before the factor, and masked scores are infinite
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     launch(
         "attention_kernel", (heads // together, bound, 1),
-        (q, k, v, out, tiles, bias, bound, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], heads * head_dim,
+        (q, k, v, out, work, bias, bound, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], heads * head_dim,
          head_dim, reach, scale * LOG2E),
         (head_dim, max(16, checks.power_of_two(head_dim)), block_m, block_n, together,
          -1 if window is None else window, "ieee"),
