@@ -29,6 +29,8 @@ def chosen(of_class, everything):
             path = (*path, variant.constants[0] in ("gelu", "none"))
             if "fp16" in variant.types or variant.constants[0] in ("gelu_tanh", "relu", "tanh"):
                 continue
+        elif of_class not in (80, 90) and variant.kernel not in ("layer_norm_kernel", "pack_kernel"):
+            continue
         elif variant.kernel == "layer_norm_kernel":
             path = (variant.kernel, variant.types[1], variant.constants[1] >= 1024)
         elif variant.kernel == "pooling_kernel":
