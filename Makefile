@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint bench bench-ops gpu-check clean
+.PHONY: demo test lint bench bench-ops cubins triton-check gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m clinfast.demo
@@ -26,6 +26,14 @@ bench: $(VENV)/.bench
 
 bench-ops: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks/ops
+
+# The Triton kernels as machine code in the package, so that no compiler is needed where they run. No GPU needed.
+cubins: $(VENV)/.test
+	$(BIN)/python -m clinfast.triton_kernels.build
+
+# Every configuration of the tuning tables, compiled for every class of devices: ten minutes.
+triton-check: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m exhaustive tests/triton
 
 # For a machine with an NVIDIA GPU; uses the Python packages that are there, and no network.
 gpu-check:

@@ -115,8 +115,8 @@ def parser() -> argparse.ArgumentParser:
     tune = commands.add_parser(
         "tune",
         help="time the GPU kernels' tiles on this machine's card",
-        description="Writes a tuning table for the card; the environment variable CLINFAST_TUNING_TABLE puts it to use. "
-        "Exit status: 0 written, 2 no GPU or bad input.",
+        description="Writes a tuning table for the card; the environment variable CLINFAST_TUNING_TABLE puts it to "
+        "use. Exit status: 0 written, 2 no GPU or bad input.",
     )
     tune.add_argument("--output", type=Path, default=Path("clinfast-tuning.json"), metavar="FILE", help="the table")
     tune.add_argument(

@@ -130,8 +130,8 @@ def _warn_of_slow(units: Sequence[patch.Unit]) -> None:
         reasons = [registry.unavailable(name) for name in registry.order("auto", device)[:-1]]
         if reasons and None not in reasons:
             warnings.warn(
-                f"the compiled kernels are not there ({'; '.join(map(str, reasons))}); pure PyTorch serves, at a part of "
-                "the speed",
+                f"the compiled kernels are not there ({'; '.join(map(str, reasons))}); pure PyTorch serves, at a part "
+                "of the speed",
                 ClinfastWarning,
                 stacklevel=3,
             )

@@ -74,7 +74,9 @@ def tiles_kernel(
 
 
 @triton.jit
-def _load_rows(ptr, first, stride, rows, columns, count, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+def _load_rows(
+    ptr, first, stride, rows, columns, count, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
+):
     """[rows, BLOCK_D] from row `first` on; zeros past `count` rows where MASKED, and past HEAD_DIM columns."""
     at = ptr + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
     if MASKED:
@@ -163,15 +165,17 @@ def attention_kernel(
     mask = (rows < queries)[:, None] & (columns < HEAD_DIM)[None, :]
     place = first_place + rows
 
-    if HEADS > 1:
+    if HEADS > 1:  # noqa: SIM102 - known when compiled
         if keys <= BLOCK_N:
             # The whole note is one tile of keys: nothing to rescale, and the next head's loads run ahead.
             key_rows = tl.arange(0, BLOCK_N)
             key_mask = (key_rows < keys)[:, None] & (columns < HEAD_DIM)[None, :]
             for i in tl.range(0, HEADS, num_stages=2):
                 q = tl.load(q_ptr + i * q_head + at, mask=mask, other=0.0)
-                k = tl.load(k_ptr + i * k_head + key_rows[:, None] * k_token + columns[None, :], mask=key_mask, other=0.0)
-                v = tl.load(v_ptr + i * v_head + key_rows[:, None] * v_token + columns[None, :], mask=key_mask, other=0.0)
+                k_at = k_ptr + i * k_head + key_rows[:, None] * k_token + columns[None, :]
+                k = tl.load(k_at, mask=key_mask, other=0.0)
+                v_at = v_ptr + i * v_head + key_rows[:, None] * v_token + columns[None, :]
+                v = tl.load(v_at, mask=key_mask, other=0.0)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 s = tl.where((key_rows < keys)[None, :], s, float("-inf"))
                 top = tl.max(s, 1) * qk_scale

@@ -1,7 +1,7 @@
 """`python -m clinfast.triton_kernels.build`: compile the package's cubins, with Triton and without a GPU.
 
-One archive a device class, `cubins/sm_90.zip`: the cubins and `manifest.json`, which says how each is launched. A package
-without them works too: Triton then compiles at the first call.
+One archive a device class, `cubins/sm_90.zip`: the cubins and `manifest.json`, which says how each is launched. A
+package without them works too: Triton then compiles at the first call.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Compiled(NamedTuple):
 
 
 class Static(NamedTuple):
-    """What stands in the machine code: `stack` bytes a thread are spills; `matrix` the product instructions found;
+    """What stands in the machine code: `stack` bytes a thread are spills; `matrix` product instructions;
     `loop` the instructions of the smallest loop that holds one, 0 where there is none."""
 
     registers: int
@@ -85,7 +85,7 @@ def compile_variant(variant: Variant, of_class: int) -> Compiled:
 
 
 def _block(name: str, values: dict[str, Any]) -> str:
-    first, second = {"x_desc": "MK", "w_desc": "NK", "out_desc": "MN"}[name]
+    first, second = {"x_desc": ("M", "K"), "w_desc": ("N", "K"), "out_desc": ("M", "N")}[name]
     return f"{values[f'BLOCK_{first}']}, {values[f'BLOCK_{second}']}"
 
 

@@ -1,6 +1,6 @@
 """Tile shapes by device class and shape: JSON tables in `tables/`, or one that `clinfast tune` made for a card.
 
-A table holds, by op and shape, what a kernel is compiled with. Shapes that it does not list take its `default`, which is
+A table holds, by op and shape, what a kernel is compiled with. Shapes that it does not list take its `default`,
 announced once; the environment variable CLINFAST_TUNING_TABLE names a file that is read instead.
 """
 

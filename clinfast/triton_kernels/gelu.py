@@ -20,7 +20,7 @@ def _tail_log2_bf16(t):
 
 @triton.jit
 def _tail_log2_fp16(t):
-    """log2 Phi(-t) on [0, 5.8], below which fp16 has nothing: relative error of 2**this 3.8e-5, fp16 rounds to 2.4e-4."""
+    """log2 Phi(-t) on [0, 5.8], below which fp16 has nothing: relative error of 2**this 3.8e-5, rounding 2.4e-4."""
     q = 2.42290637e-05 * t - 6.31129981e-04
     q = q * t + 7.31600382e-03
     q = q * t - 5.15159674e-02
@@ -51,10 +51,10 @@ def _scaled_tail_fp32(t):
 def gelu_erf(x, DTYPE: tl.constexpr):
     """x Phi(x) of fp32 lanes, to within the rounding of DTYPE: relu(x) - t Phi(-t) with t = |x|, so that nothing
     cancels on the negative side. NaN comes through, gelu(-inf) is 0."""
-    if DTYPE == tl.float32:
+    if tl.float32 == DTYPE:
         t = tl.minimum(tl.abs(x), 14.6)
         tail = _scaled_tail_fp32(t)
-    elif DTYPE == tl.float16:
+    elif tl.float16 == DTYPE:
         t = tl.minimum(tl.abs(x), 5.8)
         tail = t * tl.exp2(_tail_log2_fp16(t))
     else:

@@ -1,7 +1,7 @@
 """What each kernel takes, in terms that need no Triton, and which variants of it are compiled ahead of time.
 
-A variant is a kernel with the dtypes of its arguments, its constants, warps and stages. Its `key` is what a launch looks
-up among the cubins of the package.
+A variant is a kernel with the dtypes of its arguments, its constants, warps and stages. Its `key` is what a launch
+looks up among the cubins of the package.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
 class Kernel(NamedTuple):
-    """Arguments as `name:kind`, kinds being P (pointer that is 16-byte aligned), p (any pointer), D (32-bit integer that
-    16 divides), i (any), f (fp32), T (descriptor of a matrix for the copy engine)."""
+    """Arguments as `name:kind`, kinds being P (pointer that is 16-byte aligned), p (any pointer), D (32-bit integer
+    that 16 divides), i (any), f (fp32), T (descriptor of a matrix for the copy engine)."""
 
     module: str
     arguments: tuple[tuple[str, str], ...]
@@ -235,6 +235,8 @@ def tabled(of_class: int) -> list[Variant]:
             for kind in ("long", "short", "few"):
                 m, n, warps, stages = configs.attention(of_class, itemsize, head_dim, kind)
                 for absent, window in ((("bias_ptr",), -1), ((), 64)):
+                    if window > 0 and kind == "short":
+                        continue
                     pointers = {"tiles_ptr": "i32", "bias_ptr": "fp32"}
                     constants = (head_dim, head_dim, m, n, 1, window, "ieee")
                     found.append(make("attention_kernel", pointers, constants, warps, stages, floats, absent))

@@ -90,7 +90,9 @@ def test_first_tokens_and_used_keys(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "relu", "tanh"])
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 768, 3072), (77, 768, 3072), (3000, 384, 1536), (40, 33, 7)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 768, 3072), (77, 768, 3072), (3000, 384, 1536), (40, 33, 7)]
+)
 def test_product(dtype, activation, rows, inputs, outputs):
     from clinfast.backends.triton.linear import GpuLinear
     from clinfast.ops import linear as op
@@ -122,7 +124,8 @@ def test_packing(batch, seqlen, keep_padding):
     assert ours[1][:tokens].tolist() == expected[1][:tokens].tolist() and ours[2].tolist() == expected[2].tolist()
     packed = torch.randn(tokens, 96, device="cuda")
     padded = backend.prechecked(packed, ours[1], batch * seqlen, torch.float32)
-    assert torch.equal(padded.cpu(), op.unpack_reference(packed.cpu(), expected[1][:tokens], batch * seqlen, torch.float32))
+    unpacked = op.unpack_reference(packed.cpu(), expected[1][:tokens], batch * seqlen, torch.float32)
+    assert torch.equal(padded.cpu(), unpacked)
     assert torch.equal(op.position_ids(ids.cuda(), 1).cpu(), op.position_ids_reference(ids, 1))
 
 
@@ -142,7 +145,9 @@ def bert(dtype):
     from transformers import BertConfig, BertForTokenClassification
 
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=200, hidden_size=256, num_attention_heads=4, num_hidden_layers=3, intermediate_size=512)
+    config = BertConfig(
+        vocab_size=200, hidden_size=256, num_attention_heads=4, num_hidden_layers=3, intermediate_size=512
+    )
     return BertForTokenClassification(config).eval().to("cuda", dtype)
 
 

@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 from clinfast.triton_kernels import build, configs, variants
 rows, warps = configs.rows(90, 512)
-norm = variants.make("layer_norm_kernel", variants.NORM, (rows, 512), warps, floats="bf16", absent=("residual_ptr", "bias_ptr"))
+absent = ("residual_ptr", "bias_ptr")
+norm = variants.make("layer_norm_kernel", variants.NORM, (rows, 512), warps, floats="bf16", absent=absent)
 linear = variants.linear_variant(configs.linear(90, 2, 768, 3072, 1 << 20), "gelu", "bf16")
 if __name__ == "__main__":
     build.build(90, [norm, linear], Path(sys.argv[1]), 1)

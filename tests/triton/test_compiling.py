@@ -1,6 +1,6 @@
 """Kernels compiled ahead of time for every device class: nothing spills, and products are done by matrix instructions.
 
-The default run compiles every code path; `-m slow` (make triton-check) every configuration of the tuning tables.
+The default run compiles every code path; `-m exhaustive` (make triton-check) every configuration of the tuning tables.
 """
 
 import json
@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing can be compiled")
 
-from clinfast.triton_kernels import configs, variants  # noqa: E402
+from clinfast.triton_kernels import configs, variants
 
 HERE = Path(__file__).parent
 # What the products of each class are done by: wgmma on Hopper for tiles of 64 rows, tcgen05 on 10.0, mma elsewhere.
@@ -72,7 +72,7 @@ def test_every_code_path(of_class, code_paths):
         assert wide and all(WIDEST[of_class] in one["matrix"] for one in wide)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("of_class", configs.CLASSES)
 def test_every_configuration(of_class):
     check(compiled(of_class, "--all"), of_class)

@@ -1,5 +1,5 @@
-"""Every kernel through Triton's interpreter, on the CPU, in a process of its own: interpreting and compiling exclude each
-other. What the interpreter leaves unproved is said in `interpreter/interpreter.py`."""
+"""Every kernel through Triton's interpreter, on the CPU, in a process of its own: interpreting and compiling exclude
+each other. What the interpreter leaves unproved is said in `interpreter/interpreter.py`."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The launch path without a GPU: real cubins through `clinfast._C` into a library that only writes down what it is asked."""
+"""The launch path without a GPU: real cubins through `clinfast._C` into a library that only writes down its calls."""
 
 import ctypes
 import json

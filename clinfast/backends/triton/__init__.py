@@ -1,5 +1,5 @@
-"""The Triton kernels, for NVIDIA GPUs from compute capability 8.0 on. Absent (no GPU, too old a one, nothing to run them
-with), nothing is offered and `unavailable()` says why."""
+"""The Triton kernels, for NVIDIA GPUs from compute capability 8.0 on. Absent (no GPU, too old a one, nothing to run
+them with), nothing is offered and `unavailable()` says why."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def extended(
     kind, together = _kind_and_heads(index, q_tokens, batch, heads)
     together = heads_together or together
     if window is not None or bias is not None:
-        together = 1
+        kind, together = "few" if kind == "few" else "long", 1
     if tiles is None:
         tiles = configs.attention(device.device_class(index), q.itemsize, head_dim, kind)
     block_m, block_n, warps, stages = tiles
@@ -160,7 +160,7 @@ def extended(
 def prechecked(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None, scale: float
 ) -> Tensor:
-    """For boundaries that `pack` made: their values are not looked at. The kernel stays inside q, k and v all the same."""
+    """For boundaries that `pack` made: their values are not looked at. The kernel stays inside q, k and v."""
     return extended(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale)
 
 

@@ -40,10 +40,10 @@ def launcher_error() -> str | None:
 def _open() -> tuple[ModuleType | None, str | None]:
     try:
         from clinfast import _C  # type: ignore[attr-defined]
-    except ImportError as error:
-        return None, f"clinfast._C does not load: {error}"
-    error = _C.open_driver(os.environ.get("CLINFAST_LIBCUDA", "libcuda.so.1"))
-    return (None, error) if error else (_C, None)
+    except ImportError as missing:
+        return None, f"clinfast._C does not load: {missing}"
+    reason = _C.open_driver(os.environ.get("CLINFAST_LIBCUDA", "libcuda.so.1"))
+    return (None, reason) if reason else (_C, None)
 
 
 @functools.cache

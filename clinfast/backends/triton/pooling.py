@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def prechecked(x: Tensor, cu_seqlens: Tensor, kind: str) -> Tensor:
 def pooling(x: Tensor, cu_seqlens: Tensor, kind: str) -> Tensor:
     out = prechecked(x, cu_seqlens, kind)
     bounds = cu_seqlens.tolist()
-    for note, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for note, (begin, end) in enumerate(itertools.pairwise(bounds)):
         if not 0 <= begin <= end <= x.shape[0]:
             raise ValueError(
                 f"pooling: cu_seqlens gives note {note} the rows {begin} to {end}; they must not decrease and must "

@@ -19,8 +19,8 @@ class EagerExecutor:
 
     def __init__(self, spec: EncoderSpec, backend: str, device: str = "cpu") -> None:
         self.spec, self.backend, self.device = spec, backend, device
-        # On the CPU the product adds the residual while its result is in the cache and takes the FFN in slices that stay
-        # there; a GPU's norm reads the residual as cheaply as an epilogue would, and leaves the library its fastest one.
+        # On the CPU the product adds the residual while its result is in the cache, and the FFN is taken in slices that
+        # stay there; a GPU's norm reads the residual as cheaply as an epilogue would, and leaves the library its best.
         self.adds_in_norm = self.whole_ffn = device != "cpu"
         ops = ("pack", "position_ids", "embedding", "attention", "layer_norm", "unpack", "pooling")
         found = [registry.implementation(name, backend, device, prechecked=True) for name in ops]

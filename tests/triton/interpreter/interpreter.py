@@ -1,12 +1,12 @@
 """Triton's interpreter made stricter, and right in bf16. Only where TRITON_INTERPRET=1.
 
-What it still does not cover: tf32 (fp32 products run in full precision), the approximate exp2 and division of the GPU,
-flushing of subnormals, fused multiply-adds, least sizes of products, the order of asynchronous copies, concurrency of any
-kind, and everything that only the compiler decides (layouts, registers, matrix instructions: see test_compiling).
+What it still does not cover: tf32 (fp32 products run in full precision), the approximate exp2 and division of the
+GPU, the flushing of subnormals, fused multiply-adds, least sizes of products, the order of asynchronous copies,
+concurrency of any kind, and what only the compiler decides (layouts, registers, instructions: see test_compiling).
 
-The interpreter computes bf16 on raw bits and truncates; `install` rounds as a GPU does and multiplies in fp32. It reads
-and writes any address; here, each must lie within a tensor of the launch, no address may be written by two programs, and
-a masked load without `other` gives NaN, where a GPU gives anything.
+The interpreter computes bf16 on raw bits and truncates; `install` rounds as a GPU does and multiplies in fp32. It
+reads and writes any address; here, each must lie within a tensor of the launch, no address may be written by two
+programs, and a masked load without `other` gives NaN, where a GPU gives anything.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def test_negative_and_zero_scale():
 
 
 def windowed(args, window, bias):
-    q, k, v, cu_q, cu_k, _, scale = args
+    q, k, v, cu_q, _, _, scale = args
     out = torch.zeros(q.shape, dtype=torch.float64)
     for a, b in zip(cu_q.tolist(), cu_q.tolist()[1:], strict=False):
         scores = torch.einsum("qhd,khd->hqk", q[a:b].double() * scale, k[a:b].double())
@@ -117,7 +117,8 @@ def test_a_note_has_the_same_bits_in_any_batch(dtype):
     for note, length in enumerate(lengths):
         rows = slice(cu_seqlens[note], cu_seqlens[note + 1])
         alone = [t[rows].contiguous() for t in args[:3]]
-        assert torch.equal(whole[rows], backend.extended(*alone, boundaries([length]), boundaries([length]), None, args[-1]))
+        bounds = boundaries([length])
+        assert torch.equal(whole[rows], backend.extended(*alone, bounds, bounds, None, args[-1]))
 
 
 def test_tiles_list_every_row_once_longest_notes_first():

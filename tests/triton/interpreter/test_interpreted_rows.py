@@ -168,13 +168,18 @@ def test_pooling_refuses_boundaries_outside_and_reads_nothing_there():
             pooling.pooling(x, torch.tensor(bounds, dtype=torch.int32), "mean")
 
 
+def norm(x, residual=None, weights=None):
+    weight = torch.ones(weights or x.shape[1])
+    return layer_norm.layer_norm(x, residual, weight, torch.ones(x.shape[1]), 1e-5)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: layer_norm.layer_norm(torch.zeros(2, 4).double(), None, torch.ones(4), torch.ones(4), 1e-5), "x has d"),
-        (lambda: layer_norm.layer_norm(torch.zeros(2, 9000), None, torch.ones(9000), torch.ones(9000), 1), "hidden is 9"),
-        (lambda: layer_norm.layer_norm(torch.zeros(2, 4), torch.zeros(3, 4), torch.ones(4), torch.ones(4), 1), "residu"),
-        (lambda: layer_norm.layer_norm(torch.zeros(2, 4), None, torch.ones(5), torch.ones(4), 1e-5), "weight is"),
+        (lambda: norm(torch.zeros(2, 4).double()), "x has dtype"),
+        (lambda: norm(torch.zeros(2, 9000)), "hidden is 9000"),
+        (lambda: norm(torch.zeros(2, 4), torch.zeros(3, 4)), "residual has shape"),
+        (lambda: norm(torch.zeros(2, 4), weights=5), "weight is"),
         (lambda: gelu.gelu(torch.zeros(4, 2).t()), "x has strides"),
         (lambda: gelu_backend.gelu(torch.zeros(2, 4), None, "erf"), "approximate is 'erf'"),
         (lambda: gelu.gelu(torch.zeros(2, 4), torch.zeros(3)), "bias is"),
