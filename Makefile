@@ -7,13 +7,28 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint bench bench-ops cubins triton-check gpu-check clean
+# Releases of transformers that are tested beside the newest, and the tests that a release matters for.
+OLDER_TRANSFORMERS := 4.57 4.48
+VERSION_TESTS := tests/models tests/patch tests/api tests/integrations tests/test_readme.py \
+	-k "not (any_shape or any_one_weight or long_notes or precision_apart or torch_backend or TestCompile)"
+
+.PHONY: demo test test-versions test-quantized lint bench bench-ops cubins triton-check gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m clinfast.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q
+
+# Side by side, each on one thread.
+test-versions: $(OLDER_TRANSFORMERS:%=$(VENV)-transformers-%/.ready) $(VENV)-quantized/.ready
+	$(MAKE) --no-print-directory -j2 --output-sync=target $(OLDER_TRANSFORMERS:%=test-transformers-%) test-quantized
+
+test-quantized: $(VENV)-quantized/.ready
+	OMP_NUM_THREADS=1 $(VENV)-quantized/bin/python -m pytest -q -p no:cacheprovider tests/patch/test_quantized.py
+
+test-transformers-%: $(VENV)-transformers-%/.ready
+	OMP_NUM_THREADS=1 $(VENV)-transformers-$*/bin/python -m pytest -q -p no:cacheprovider $(VERSION_TESTS)
 
 lint: $(VENV)/.test
 	$(BIN)/python -m pip install -q --disable-pip-version-check "ruff>=0.8" "mypy>=1.13"
@@ -52,9 +67,27 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test]"
 	touch $@
 
+# An environment of its own that sees the packages of $(VENV), with others put before them.
+define beside
+$(BIN)/python -m venv $(@D)
+here=$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+there=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+echo "import site; site.addsitedir('$$there')" > $$here/packages_of_the_newest.pth
+$(@D)/bin/python -m pip install -q --disable-pip-version-check $(1)
+touch $@
+endef
+
+.PRECIOUS: $(VENV)-transformers-%/.ready
+$(VENV)-transformers-%/.ready: $(VENV)/.test
+	$(call beside,"transformers==$*.*" sentence-transformers peft accelerate)
+
+# Apart from $(VENV): where torchao is installed, transformers imports it, which takes seconds and prints.
+$(VENV)-quantized/.ready: $(VENV)/.test
+	$(call beside,torchao bitsandbytes)
+
 $(VENV)/.bench: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench,peers]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info clinfast/_C*.so
+	rm -rf $(VENV) $(VENV)-transformers-* $(VENV)-quantized build *.egg-info clinfast/_C*.so

@@ -254,8 +254,12 @@ def info() -> Info:
         threads=torch.get_num_threads(),
         cores=available_cores(),
         backends={name: registry.unavailable(name) or "ready" for name in registry.BACKENDS},
-        versions={name: _version(name) for name in ("clinfast", "torch", "transformers")}
-        | {"python": platform.python_version()},
+        versions={
+            "clinfast": _version("clinfast"),
+            "torch": torch.__version__,
+            "transformers": _version("transformers"),
+            "python": platform.python_version(),
+        },
         attention_interface=attention_interface.describe(),
     )
 

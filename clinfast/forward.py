@@ -19,12 +19,15 @@ from types import CodeType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clinfast.engine import compiled
 from clinfast.engine.spec import Match, NotServed, Request, Unsupported
 from clinfast.guard import POSITIONS, Guard
 from clinfast.reason import Reason, StrictError, warn
+
+# Dynamo of torch 2.6 cannot call the guard while it traces; older releases than those tested compile the stock model.
+COMPILES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
 if TYPE_CHECKING:
     from clinfast.engine.encoder import Encoder
@@ -137,7 +140,8 @@ class PatchedForward:
         if armed is None:
             return self._after_restore(module, args, kwargs)
         if torch.compiler.is_compiling():
-            return self._compiling(module, armed, args, kwargs)
+            call = self._compiling if COMPILES else _stock
+            return call(module, armed, args, kwargs)
         if self._paused_here.count:
             return self._fall_back(module, armed, DISABLED, args, kwargs)
         request = armed.guard.admit(module, args, kwargs)
@@ -211,8 +215,17 @@ def _stock(module: nn.Module, armed: _Armed, args: tuple[Any, ...], kwargs: dict
     output = type(module).forward(module, *args, **kwargs)
     if isinstance(output, tuple):
         raise ValueError("logits_positions needs an output with names; pass return_dict=True")
-    output["logits"] = output["logits"][positions]
+    logits = output["logits"]
+    # Any other index would pick something, and not what was meant.
+    if not isinstance(positions, Tensor) or positions.dtype is not torch.bool or positions.shape != logits.shape[:2]:
+        given = _describe(positions) if isinstance(positions, Tensor) else f"a {type(positions).__qualname__}"
+        raise ValueError(f"logits_positions is {given}; a bool tensor {list(logits.shape[:2])} is needed")
+    output["logits"] = logits[positions]
     return output
+
+
+def _describe(x: Tensor) -> str:
+    return f"{list(x.shape)} {x.dtype}"
 
 
 class StockState:

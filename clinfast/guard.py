@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,10 @@ CAPTURE = Reason(
 TRACING = Reason("the model is being traced or exported", "the exported program holds the stock model", quiet=True)
 MODE = Reason("a torch dispatch or function mode is active", "leave it to get the fast path")
 FUNCTORCH = Reason("a torch.func transform is active", "call the model outside of it to get the fast path")
+ODD_MASK = Reason(
+    "attention_mask holds values other than 0 and 1",
+    "this version of transformers gives them a meaning of their own; pass attention_mask.bool()",
+)
 CLASS_CHANGED = Reason("the model's class or its forward was changed after optimize()", "optimize() it again")
 TWICE = Reason("an argument is given twice, or there are too many", "pass the inputs by name")
 UNKNOWN = Reason("an argument that the stock signature does not have", "leave it out")
@@ -87,6 +92,7 @@ class Guard:
         self.head = match.head
         # A family without token types ignores them where its forward takes any argument.
         self.ignored = {"token_type_ids"} if self.takes_any and not match.encoder.type_vocab_size else set()
+        self.zero_or_one = _transformers_is_four()
         self.parameters = [ref.module._parameters for ref in match.parameters.values()]
         self.word = match.parameters["embedding.word.weight"].module._parameters
         self.snapshot = Snapshot(module, match)
@@ -109,7 +115,11 @@ class Guard:
         request = self._request(args, kwargs)
         if isinstance(request, Reason):
             return request
-        return self._flat(request) if self._fit(request, device) else self._misfit(request, device)
+        if not self._fit(request, device):
+            return self._misfit(request, device)
+        if self.zero_or_one and request.attention_mask is not None and _odd_values(request.attention_mask):
+            return ODD_MASK
+        return self._flat(request)
 
     def admit_compiling(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request | None:
         """`admit` in code that torch.compile traces: no values, no pointers, no words.
@@ -238,6 +248,19 @@ def _function_mode_matters() -> bool:
     from torch.utils._device import DeviceContext
 
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def _transformers_is_four() -> bool:
+    """transformers 4 takes a mask apart as 1 - mask, and 2 means masked; from 5 on, all but 0 is kept."""
+    version = getattr(sys.modules.get("transformers"), "__version__", "5")
+    return int(version.partition(".")[0]) < 5
+
+
+def _odd_values(mask: Tensor) -> bool:
+    if mask.dtype is torch.bool or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    low, high = torch.aminmax(mask)
+    return bool(low < 0) or bool(high > 1)
 
 
 def _settled(guard: Guard, module: nn.Module, grad: bool) -> bool:

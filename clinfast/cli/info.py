@@ -50,6 +50,8 @@ def _heads(family: str, adapter: str) -> dict[str, str]:
 
 def head_of(suffix: str) -> str:
     """"ForTokenClassification" -> "token classification"."""
+    if suffix == "ForPreTraining":
+        return "pretraining"
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+", suffix.removeprefix("For"))
     return " ".join(word if word.isupper() else word.lower() for word in words) if suffix != "Model" else BASE
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 
 from torch import nn
 
-from clinfast.engine.spec import Match
+from clinfast.engine.spec import Match, Unsupported
 from clinfast.models import checks
 
 FAMILIES = {
@@ -32,16 +33,39 @@ def match(module: nn.Module) -> Match | None:
 
     Raises:
         Unsupported: the class is known, but something in this instance is not proved to compute the same; the
-            message names the submodule or field.
+            message names the submodule or field. Or the class is derived from a known one, or is a model of
+            `trust_remote_code`; the message names it.
     """
     cls = type(module)
-    adapter = FAMILIES.get(cls.__module__)
-    if adapter is None or getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
-        return None
-    recognise = importlib.import_module(adapter).CLASSES.get(cls.__qualname__)
+    recognise = _recogniser(cls)
     if recognise is None:
+        _refuse_derived(cls)
         return None
     checks.plain_submodules(module)
     checks.plain_parameters(module)
     found: Match = recognise(module)
     return found
+
+
+def _recogniser(cls: type) -> Callable[[nn.Module], Match] | None:
+    adapter = FAMILIES.get(cls.__module__)
+    if adapter is None or getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
+        return None
+    found: Callable[[nn.Module], Match] | None = importlib.import_module(adapter).CLASSES.get(cls.__qualname__)
+    return found
+
+
+def _refuse_derived(cls: type) -> None:
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    for base in cls.__mro__[1:]:
+        if _recogniser(base) is not None:
+            raise Unsupported(
+                f"its class {name} is derived from {base.__qualname__} and may compute something else; only "
+                "transformers' own classes are served"
+            )
+    is_model = any(base.__module__ == "transformers.modeling_utils" for base in cls.__mro__)
+    if is_model and cls.__module__.startswith("transformers_modules."):
+        raise Unsupported(
+            f"its class {name} is code that came with the model (trust_remote_code) and may compute anything; only "
+            "transformers' own classes are served"
+        )

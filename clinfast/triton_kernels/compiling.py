@@ -20,7 +20,7 @@ ELEMENTS = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
 
 
 class Compiled(NamedTuple):
-    """`kinds`: of each parameter of the compiled kernel, as the launcher takes them; without Triton's two of scratch."""
+    """`kinds`: of each parameter of the compiled kernel, as the launcher takes them, without the two of scratch."""
 
     cubin: bytes
     entry: str

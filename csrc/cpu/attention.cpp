@@ -4,6 +4,7 @@
 // register tiles. Blocks start at the note's first key, so a row's arithmetic is a function of its own note alone.
 #include <cstdlib>
 
+#include "attention_amx.h"
 #include "attention_pack.h"
 
 namespace clinfast {
@@ -26,24 +27,20 @@ struct Scratch {
 // Wide heads take half the keys and rows at a time, to stay within L2.
 static int64_t halved(int64_t n, int64_t head_dim) { return head_dim <= kMaxHeadDim / 2 ? n : n / 2; }
 
-static Scratch thread_scratch(int64_t head_dim) {
+struct Part {
+  float **start;
+  int64_t floats;
+};
+
+// Memory of this thread for all the parts, each on a cache line; `Owner` keeps that of one user from another's.
+template <typename Owner, int N> static void carve(const Part (&parts)[N]) {
   static thread_local struct Arena {
     char *base = nullptr;
     size_t bytes = 0;
     ~Arena() { free(base); }
   } arena;
-  Scratch s;
-  const int64_t width = round_up(head_dim, Vec::N);
-  const int64_t block_keys = halved(kBlockKeys, head_dim), max_rows = halved(kMaxRows, head_dim);
-  const struct {
-    float **part;
-    int64_t floats;
-  } parts[] = {{&s.keys, head_dim * block_keys}, {&s.values, width * block_keys},
-               {&s.queries, kRows * kPanelStride}, {&s.scores, kRows * kPanelStride},
-               {&s.weights, kRows * kPanelStride}, {&s.out, max_rows * width},
-               {&s.maximum, max_rows},             {&s.sum, max_rows}};
   size_t bytes = 0;
-  for (const auto &p : parts) bytes += size_t(round_up(p.floats, 16)) * sizeof(float);
+  for (const Part &p : parts) bytes += size_t(round_up(p.floats, 16)) * sizeof(float);
   if (bytes > arena.bytes) {
     free(arena.base);
     arena.base = static_cast<char *>(aligned_alloc(64, bytes));
@@ -51,12 +48,34 @@ static Scratch thread_scratch(int64_t head_dim) {
     arena.bytes = bytes;
   }
   char *at = arena.base;
-  for (const auto &p : parts) {
-    *p.part = reinterpret_cast<float *>(at);
+  for (const Part &p : parts) {
+    *p.start = reinterpret_cast<float *>(at);
     at += size_t(round_up(p.floats, 16)) * sizeof(float);
   }
+}
+
+static Scratch thread_scratch(int64_t head_dim) {
+  Scratch s;
+  const int64_t width = round_up(head_dim, Vec::N);
+  const int64_t block_keys = halved(kBlockKeys, head_dim), max_rows = halved(kMaxRows, head_dim);
+  carve<Scratch>({{&s.keys, head_dim * block_keys}, {&s.values, width * block_keys},
+                  {&s.queries, kRows * kPanelStride}, {&s.scores, kRows * kPanelStride},
+                  {&s.weights, kRows * kPanelStride}, {&s.out, max_rows * width},
+                  {&s.maximum, max_rows},             {&s.sum, max_rows}});
   return s;
 }
+
+#if defined(CLINFAST_AMX)
+static AmxScratch amx_scratch(int64_t head_dim) {
+  AmxScratch s;
+  const int64_t width = round_up(head_dim, 32), rows = round_up(halved(kMaxRows, head_dim), kAmxGroup) + kAmxGroup;
+  carve<AmxScratch>({{&s.keys, width / 2 * kAmxKeys}, {&s.values, width * kAmxKeys / 2},
+                     {&s.queries, rows * width / 2}, {&s.scores, kAmxGroup * kPanelStride},
+                     {&s.weights, kAmxGroup * kPanelStride}, {&s.products, kAmxGroup * width},
+                     {&s.out, rows * width}, {&s.maximum, rows}, {&s.sum, rows}});
+  return s;
+}
+#endif
 
 // Into L2, ahead of their use: rows lie a token apart, which hardware prefetchers do not follow.
 template <typename T, bool Write = false>
@@ -69,6 +88,7 @@ template <typename T> struct Item {
   const T *q, *k, *v;
   T *out;
   int64_t rows, keys;
+  int64_t note_rows;
 };
 
 template <typename T, bool Pairs> struct Attention {
@@ -180,9 +200,25 @@ template <typename T, bool Pairs> struct Attention {
   }
 };
 
+#if defined(CLINFAST_AMX)
+// Which of the two computes a note depends on its own queries only, as its bits must.
+struct AmxOrVector {
+  AmxAttention amx;
+  Attention<bf16_t, true> vector;
+
+  explicit AmxOrVector(const AttentionArgs &args) : amx(args, amx_scratch(args.head_dim)), vector(args) {}
+
+  void run(const Item<bf16_t> &item) {
+    if (item.note_rows < kAmxFewestQueries || item.keys == 0) vector.run(item);
+    else amx.run(item.q, item.k, item.v, item.out, item.rows, item.keys);
+  }
+};
+#endif
+
 // The work items in an order that every thread can walk by itself: costly ones first, then by note, rows and head.
 struct Schedule {
   const AttentionArgs &a;
+  const int64_t panel_rows;
   int64_t total = 0, share = 0;
   int threads = 1;
 
@@ -193,7 +229,7 @@ struct Schedule {
     return n;
   }
 
-  explicit Schedule(const AttentionArgs &args) : a(args) {
+  Schedule(const AttentionArgs &args, int64_t rows_of_a_panel) : a(args), panel_rows(rows_of_a_panel) {
     for (int64_t note = 0; note < a.batch; note++)
       if (rows(note)) total += (rows(note) + kPackRows) * keys(note);
     if (total * a.num_heads * a.head_dim >= kSerialWork) threads = a.num_threads < 1 ? 1 : a.num_threads;
@@ -208,7 +244,7 @@ struct Schedule {
       const int64_t wanted = n * keys(note) / share + 1, most = n / kMinRows;
       if (parts < wanted) parts = wanted < most ? wanted : (most > parts ? most : parts);
     }
-    return round_up((n + parts - 1) / parts, kRows);
+    return round_up((n + parts - 1) / parts, panel_rows);
   }
 };
 
@@ -219,9 +255,9 @@ static int64_t take(int64_t &next) {
   return ticket;
 }
 
-template <typename T, bool Pairs> static void work(const Schedule &plan, int64_t &next) {
+template <typename T, typename Kernel> static void work(const Schedule &plan, int64_t &next) {
   const AttentionArgs &a = plan.a;
-  Attention<T, Pairs> attention(a);
+  Kernel attention(a);
   int64_t ticket = take(next), begin = 0;
   for (int pass = 0; pass < 2; pass++)
     for (int64_t note = 0; note < a.batch; note++) {
@@ -237,25 +273,27 @@ template <typename T, bool Pairs> static void work(const Schedule &plan, int64_t
                        static_cast<const T *>(a.k) + k * a.k_token_stride + head * a.k_head_stride,
                        static_cast<const T *>(a.v) + k * a.v_token_stride + head * a.v_head_stride,
                        static_cast<T *>(a.out) + q * a.out_token_stride + head * a.out_head_stride,
-                       smaller(rows - row, step), keys});
+                       smaller(rows - row, step), keys, rows});
       }
       begin = end;
     }
 }
 
-template <typename T, bool Pairs> static void attend(const AttentionArgs &a) {
-  const Schedule plan(a);
+template <typename T, typename Kernel> static void attend(const AttentionArgs &a, int64_t panel_rows) {
+  const Schedule plan(a, panel_rows);
   int64_t next = 0;
 #pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
-  work<T, Pairs>(plan, next);
+  work<T, Kernel>(plan, next);
 }
 
 void attention(const AttentionArgs &a) {
-  if (a.dtype == DType::f32) return attend<float, false>(a);
-#if defined(CLINFAST_AVX512_BF16)
-  attend<bf16_t, true>(a);
+  if (a.dtype == DType::f32) return attend<float, Attention<float, false>>(a, kRows);
+#if defined(CLINFAST_AMX)
+  attend<bf16_t, AmxOrVector>(a, kAmxGroup);
+#elif defined(CLINFAST_AVX512_BF16)
+  attend<bf16_t, Attention<bf16_t, true>>(a, kRows);
 #else
-  attend<bf16_t, false>(a);
+  attend<bf16_t, Attention<bf16_t, false>>(a, kRows);
 #endif
 }
 

@@ -2,6 +2,12 @@
 // namespaces.
 #include <cstring>
 
+#if defined(CLINFAST_X86)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 namespace clinfast {
@@ -12,6 +18,9 @@ CLINFAST_DECLARE(plain)
 CLINFAST_DECLARE(avx2)
 CLINFAST_DECLARE(avx512)
 CLINFAST_DECLARE(avx512_bf16)
+#endif
+#ifdef CLINFAST_BUILDS_AMX
+CLINFAST_DECLARE(amx)
 #endif
 #undef CLINFAST_DECLARE
 
@@ -33,7 +42,26 @@ bool has_avx512() {
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
+#ifdef CLINFAST_BUILDS_AMX
+// The processor has the tiles, the system saves them, and it lets this process use them.
+bool has_amx() {
+  static const bool found = [] {
+    unsigned a, b, c, d, low, high;
+    if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    if (!(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low >> 17 & 3) != 3) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return found;
+}
+#endif
+
 const Candidate kCandidates[] = {
+#ifdef CLINFAST_BUILDS_AMX
+    {&amx::table, has_amx},
+#endif
 #ifdef CLINFAST_X86
     {&avx512_bf16::table, has_avx512_bf16},
     {&avx512::table, has_avx512},
@@ -45,7 +73,7 @@ const Candidate kCandidates[] = {
 }  // namespace
 
 const char *const *available_isas(int *count) {
-  static const char *names[4];
+  static const char *names[5];
   int n = 0;
   for (const Candidate &c : kCandidates)
     if (c.supported()) names[n++] = c.table->isa;

@@ -2,13 +2,34 @@
 // [panel][step][kPanel] words, where a word is one fp32 value or two bf16 neighbours along the inputs. The next block
 // of the panel is fetched while this one is multiplied, so that few rows cost the larger of memory and arithmetic and
 // not their sum. A row's sum runs over the inputs in the same order whatever rows stand beside it.
+#include <unistd.h>
+
 #include "gelu.h"
+#include "linear_amx.h"
 #include "linear_tile.h"
 
 namespace clinfast {
 namespace CLINFAST_ISA {
 
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many steps of a panel are multiplied before the next rows' turn, and of how many rows.
+struct Blocking {
+  int64_t steps, rows;
+};
+
+// Half a panel's block of kMaxBlockSteps fits a first-level cache of 48 KiB and is read from there by every tile of rows
+// but the first; smaller caches read whole blocks from the second level, where longer sums in registers pay instead.
+static Blocking blocking(int64_t input_bytes) {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const bool large = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10;
+#else
+  static const bool large = false;
+#endif
+  if (!large) return {kMaxBlockSteps, 128};
+  const int64_t rows = (1 << 20) / input_bytes;
+  return {kMaxBlockSteps / 2, rows < 32 ? 32 : rows < kMaxBlockRows ? rows : kMaxBlockRows};
+}
 
 static inline Vec tanh_of(Vec x) {
   // (1 - e) / (1 + e) with e = exp(-2 |x|) loses nothing where e is far from 1; near 0 the odd series is exact.
@@ -36,6 +57,7 @@ template <typename T> static inline Vec activate(Vec x, Activation activation) {
 
 template <typename T>
 static void finish_rows(const LinearArgs &a, const float *sums, int64_t row, int64_t rows, int64_t column) {
+  constexpr int64_t kPanel = Layout<T>::kPanel;
   const int64_t columns = a.out_features - column < kPanel ? a.out_features - column : kPanel;
   for (int64_t r = 0; r < rows; r++) {
     const int64_t out_row = a.out_rows ? int64_t(a.out_rows[row + r]) : row + r;
@@ -54,13 +76,15 @@ static void finish_rows(const LinearArgs &a, const float *sums, int64_t row, int
 
 // Rows [row, row + rows) of one panel. `sums` has room for rows * kPanel.
 template <typename T>
-static void multiply_panel(const LinearArgs &a, int64_t panel, int64_t row, int64_t rows, float *sums) {
+static void multiply_panel(const LinearArgs &a, int64_t block_steps, int64_t panel, int64_t row, int64_t rows,
+                           float *sums) {
   using L = Layout<T>;
+  constexpr int64_t kPanel = L::kPanel;
   const int64_t steps = L::steps(a.in_features), tiles = divide_up(rows, kTileRows);
   const typename L::Word *b = static_cast<const typename L::Word *>(a.packed) + panel * steps * kPanel;
   const T *x = static_cast<const T *>(a.x) + row * a.x_stride;
-  for (int64_t step = 0; step < steps; step += kBlockSteps) {
-    const int64_t count = steps - step < kBlockSteps ? steps - step : kBlockSteps;
+  for (int64_t step = 0; step < steps; step += block_steps) {
+    const int64_t count = steps - step < block_steps ? steps - step : block_steps;
     const typename L::Word *block = b + step * kPanel;
     // What follows in memory is what this thread multiplies next: the panel's next block, or the next panel.
     const char *next = reinterpret_cast<const char *>(block + count * kPanel);
@@ -79,8 +103,10 @@ static void multiply_panel(const LinearArgs &a, int64_t panel, int64_t row, int6
 
 template <typename T> static void linear_rows(const LinearArgs &a) {
   if (!a.rows || !a.out_features) return;
+  constexpr int64_t kPanel = Layout<T>::kPanel;
   const int64_t panels = divide_up(a.out_features, kPanel);
-  const int64_t most = kBlockBytes / (kBlockSteps * Layout<T>::kWordInputs * int64_t(sizeof(T)));
+  const Blocking shape = blocking(a.in_features * int64_t(sizeof(T)));
+  const int64_t most = shape.rows / kTileRows * kTileRows;
   // Rows are split further where there are more threads than panels.
   int64_t parts = divide_up(a.rows, most);
   if (panels < 2 * a.num_threads) parts = parts > divide_up(2 * a.num_threads, panels) ? parts : divide_up(2 * a.num_threads, panels);
@@ -94,15 +120,57 @@ template <typename T> static void linear_rows(const LinearArgs &a) {
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < tasks; task++) {
       const int64_t row = task / panels * block;
-      multiply_panel<T>(a, task % panels, row, a.rows - row < block ? a.rows - row : block, sums);
+      multiply_panel<T>(a, shape.steps, task % panels, row, a.rows - row < block ? a.rows - row : block, sums);
     }
   }
 }
+
+#if defined(CLINFAST_AMX)
+
+template <typename F> static void with_activation(Activation activation, F &&f) {
+  switch (activation) {
+    case Activation::gelu: return f([](Vec x) { return gelu_of<bf16_t, GeluKind::erf>(x); });
+    case Activation::gelu_tanh: return f([](Vec x) { return gelu_of<bf16_t, GeluKind::tanh>(x); });
+    case Activation::relu: return f([](Vec x) { return max(x, Vec::zero()); });
+    case Activation::tanh: return f([](Vec x) { return tanh_of(x); });
+    default: return f([](Vec x) { return x; });
+  }
+}
+
+static void linear_rows_amx(const LinearArgs &a) {
+  if (!a.rows || !a.out_features) return;
+  const int64_t panels = divide_up(a.out_features, Layout<bf16_t>::kPanel);
+  // The rows of a block are read once a panel, from the second-level cache.
+  int64_t most = (1 << 20) / (a.in_features * 2) / 32 * 32;
+  most = most < 64 ? 64 : most > 512 ? 512 : most;
+  int64_t parts = divide_up(a.rows, most);
+  const int64_t fewest = divide_up(2 * a.num_threads, panels);
+  parts = parts > fewest ? parts : fewest;
+  const int64_t block = divide_up(divide_up(a.rows, parts), 32) * 32;
+  const int64_t tasks = divide_up(a.rows, block) * panels;
+  const int threads = thread_count(a.num_threads, tasks, a.rows * a.in_features * a.out_features / 64);
+  with_activation(a.activation, [&](auto activate) {
+#pragma omp parallel num_threads(threads)
+    {
+      AmxTiles tiles(a.rows < kAmxRows ? a.rows : kAmxRows);
+      AmxLinear<decltype(activate)> linear(a, activate);
+#pragma omp for schedule(static)
+      for (int64_t task = 0; task < tasks; task++) {
+        const int64_t row = task / panels * block;
+        linear.run(task % panels, row, a.rows - row < block ? a.rows - row : block);
+      }
+      linear.finish();
+    }
+  });
+}
+
+#endif
 
 template <typename T>
 static void pack_panels(const T *weight, int64_t stride, int64_t in_features, int64_t out_features, void *packed,
                         int num_threads) {
   using L = Layout<T>;
+  constexpr int64_t kPanel = L::kPanel;
   const int64_t panels = divide_up(out_features, kPanel), steps = L::steps(in_features);
   T *to = static_cast<T *>(packed);
 #pragma omp parallel for schedule(static) num_threads(num_threads)
@@ -116,15 +184,23 @@ static void pack_panels(const T *weight, int64_t stride, int64_t in_features, in
         }
 }
 
+template <typename T> static int64_t packed_bytes(int64_t in_features, int64_t out_features) {
+  using L = Layout<T>;
+  return divide_up(out_features, L::kPanel) * L::kPanel * L::steps(in_features) * L::kWordInputs * int64_t(sizeof(T));
+}
+
 void linear(const LinearArgs &a) {
   if (a.dtype == DType::f32) linear_rows<float>(a);
+#if defined(CLINFAST_AMX)
+  else linear_rows_amx(a);
+#else
   else linear_rows<bf16_t>(a);
+#endif
 }
 
 int64_t linear_packed_bytes(int64_t in_features, int64_t out_features, DType dtype) {
-  const int64_t outputs = divide_up(out_features, kPanel) * kPanel;
-  if (dtype == DType::f32) return outputs * Layout<float>::steps(in_features) * 4;
-  return outputs * Layout<bf16_t>::steps(in_features) * Layout<bf16_t>::kWordInputs * 2;
+  if (dtype == DType::f32) return packed_bytes<float>(in_features, out_features);
+  return packed_bytes<bf16_t>(in_features, out_features);
 }
 
 void linear_pack(const void *weight, int64_t stride, int64_t in_features, int64_t out_features, DType dtype,

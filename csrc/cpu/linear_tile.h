@@ -14,17 +14,15 @@ static constexpr int kTileRows = 6, kTileVecs = 4;
 #else
 static constexpr int kTileRows = 4, kTileVecs = 3;
 #endif
-static constexpr int kPanel = kTileVecs * Vec::N;
-// A block of the panel (kBlockSteps * kPanel words), the next one and the inputs' block share the second-level cache.
-static constexpr int64_t kBlockSteps = 384, kBlockBytes = 196608;
-static constexpr int64_t kMaxBlockRows = kBlockBytes / (kBlockSteps * 2);
+// The inputs' block and what lies around it share the second-level cache.
+static constexpr int64_t kMaxBlockRows = 256, kMaxBlockSteps = 384;
 static constexpr int64_t kFetchSteps = 32;
 // Longest chain of multiply-adds, for the sake of its rounding: longer sums are made of such pieces.
 static constexpr int64_t kChainSteps = 192;
 
 template <typename T> struct Layout {
   using Word = T;
-  static constexpr int64_t kWordInputs = 1;
+  static constexpr int64_t kPanel = kTileVecs * Vec::N, kWordInputs = 1;
   static int64_t steps(int64_t in_features) { return in_features; }
   static Vec left(const T *x, int64_t step, int64_t) { return Vec::set(to_float(x[step])); }
   static Vec right(const Word *b) { return Vec::load(b); }
@@ -34,8 +32,13 @@ template <typename T> struct Layout {
 #if defined(CLINFAST_AVX512_BF16)
 template <> struct Layout<bf16_t> {
   using Word = float;
-  static constexpr int64_t kWordInputs = 2;
+#if defined(CLINFAST_AMX)
+  static constexpr int64_t kPanel = 2 * Vec::N, kWordInputs = 2;
+  static int64_t steps(int64_t in_features) { return (in_features + 31) / 32 * 16; }
+#else
+  static constexpr int64_t kPanel = kTileVecs * Vec::N, kWordInputs = 2;
   static int64_t steps(int64_t in_features) { return (in_features + 1) / 2; }
+#endif
   static Vec left(const bf16_t *x, int64_t step, int64_t in_features) {
     uint32_t word;
     if (2 * step + 1 < in_features) memcpy(&word, x + 2 * step, 4);
@@ -53,6 +56,7 @@ static inline void multiply_rows(const T *x, int64_t stride, int64_t in_features
                                  const typename Layout<T>::Word *block, const char *next, int64_t lines,
                                  bool accumulate, float *sums) {
   using L = Layout<T>;
+  constexpr int64_t kPanel = L::kPanel;
   const int64_t per_round = lines * kFetchSteps / count + 1;
   int64_t asked = 0;
   for (int64_t chain = 0; chain < count; chain += kChainSteps) {

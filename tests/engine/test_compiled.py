@@ -10,11 +10,12 @@ from bert_models import HEADS, ids, make, right_padded, run
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import clinfast
-from clinfast import patch
+from clinfast import forward, patch
 from clinfast.engine import compiled
 from clinfast.ops import registry
 
 pytestmark = [
+    pytest.mark.skipif(not forward.COMPILES, reason=f"torch {torch.__version__} compiles the stock model"),
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::clinfast.ClinfastWarning"),
 ]

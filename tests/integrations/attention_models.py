@@ -9,7 +9,6 @@ import transformers
 from clinfast.integrations import attention_interface
 from clinfast.ops import registry
 
-OLD = int(transformers.__version__.partition(".")[0]) < 5
 VOCAB, LAYERS = 61, 2
 COMMON = {
     "vocab_size": VOCAB,

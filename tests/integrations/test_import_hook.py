@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from attention_models import LAYERS, OLD, counted, hidden, ids, make, masks
+from attention_models import LAYERS, counted, hidden, ids, make, masks
+from transformers_version import FOUR
 
 from clinfast.integrations import import_hook
 
-takes_effect = pytest.mark.skipif(OLD, reason="attn_implementation='clinfast' takes effect on transformers 5")
+takes_effect = pytest.mark.skipif(FOUR, reason="attn_implementation='clinfast' takes effect on transformers 5")
 ROOT = Path(__file__).parents[2]
 SMALL = """
 import transformers
@@ -221,7 +222,7 @@ def test_files_and_pickles(tmp_path, one_thread):
     """)
 
 
-@pytest.mark.skipif(not OLD, reason="takes effect here")
+@pytest.mark.skipif(not FOUR, reason="takes effect here")
 def test_older_transformers_are_named():
     fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
     message = "takes effect on transformers 5 or later, and this is 4"

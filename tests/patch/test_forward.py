@@ -7,7 +7,7 @@ import torch
 from bert_models import HEADS, assert_equal, make, run
 from patched_models import INPUTS, Pair, close
 from torch import nn
-from transformers import BertLMHeadModel, BertModel
+from transformers import BertForTokenClassification, BertLMHeadModel, BertModel
 
 import clinfast
 from clinfast import models, patch
@@ -76,9 +76,18 @@ def test_subclasses_are_not_taken():
     class Custom(BertModel):
         pass
 
-    assert patch.find_units(Custom(make().config)) == []
     same_name = type("BertModel", (BertModel,), {"__module__": BertModel.__module__})
-    assert patch.find_units(same_name(make().config)) == []
+    for cls in (Custom, same_name):
+        ((path, _, match, refused),) = patch.find_units(cls(make().config))
+        assert path == "" and match is None
+        assert f"its class {cls.__module__}.{cls.__qualname__} is derived from BertModel" in refused
+
+
+def test_a_derived_head_gives_way_to_its_base_model():
+    class Custom(BertForTokenClassification):
+        pass
+
+    assert [(unit.path, unit.refused) for unit in patch.find_units(Custom(make().config))] == [("bert", None)]
 
 
 def test_what_is_not_a_model():

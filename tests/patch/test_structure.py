@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from bert_models import assert_equal, make, run
 from patched_models import INPUTS, Pair
 from torch import nn
@@ -224,6 +225,8 @@ class TestConstants:
     def test_an_edit_is_seen(self, path, name, value):
         pair = Pair()
         module = pair.model.get_submodule(path)
+        if not hasattr(module, name):
+            pytest.skip(f"transformers {transformers.__version__} has no {path}.{name}")
         before = getattr(module, name)
         setattr(module, name, value)
         assert_stock_of(pair, f"{path}.{name} was changed after optimize()")

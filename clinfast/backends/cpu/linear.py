@@ -158,13 +158,13 @@ def onednn_serves(dtype: torch.dtype) -> bool:
 
 
 def ours_is_faster(dtype: torch.dtype) -> bool:
-    """Where our multiplication measured at least as fast as oneDNN: AVX-512, and bf16 with its own dot product but
-    without AMX. See docs/decisions/0002-own-gemm-on-avx512.md."""
+    """Where our multiplication measured at least as fast as oneDNN: AVX-512, and bf16 with AMX, or without it but with
+    AVX-512's own dot product. See docs/decisions/0002-own-gemm-on-avx512.md and 0010-amx.md."""
     isa = native.isa()
-    if dtype is torch.bfloat16:
-        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-        return isa == "avx512_bf16" and not has_amx
-    return isa in ("avx512", "avx512_bf16")
+    if dtype is torch.bfloat16 and isa == "avx512_bf16":
+        # An instruction set that was asked for, or a build without AMX, on a processor where oneDNN has it.
+        return not getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return isa == "amx" or (dtype is torch.float32 and isa in ("avx512", "avx512_bf16"))
 
 
 def library(dtype: torch.dtype) -> type[NativeLinear] | type[OneDnnLinear] | type[FallbackLinear]:

@@ -30,7 +30,7 @@ def load_error() -> str | None:
 
 
 def isa() -> str | None:
-    """The instruction set in use: avx512_bf16, avx512, avx2 or plain; None without compiled kernels."""
+    """The instruction set in use: amx, avx512_bf16, avx512, avx2 or plain; None without compiled kernels."""
     return _load()[1]
 
 

@@ -1,0 +1,94 @@
+"""Small random models of BERT's relatives, one recipe for all families and heads, and inputs that fit them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from bert_models import ids, randomize, right_padded
+from torch import Tensor
+
+VOCAB = 97
+# Class prefix, and the fields that only this family has.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "roberta": ("Roberta", {"pad_token_id": 1, "type_vocab_size": 1}),
+    "xlm-roberta": ("XLMRoberta", {"pad_token_id": 1, "type_vocab_size": 1}),
+    "camembert": ("Camembert", {"pad_token_id": 1, "type_vocab_size": 1}),
+    "electra": ("Electra", {"embedding_size": 40}),
+    "distilbert": ("DistilBert", {}),
+}
+HEADS = {
+    "base": "Model",
+    "sequence": "ForSequenceClassification",
+    "token": "ForTokenClassification",
+    "qa": "ForQuestionAnswering",
+    "choice": "ForMultipleChoice",
+    "mlm": "ForMaskedLM",
+    "pretraining": "ForPreTraining",
+}
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+}
+DISTILBERT_NAMES = {
+    "hidden_size": "dim",
+    "num_attention_heads": "n_heads",
+    "num_hidden_layers": "n_layers",
+    "intermediate_size": "hidden_dim",
+    "hidden_act": "activation",
+}
+COUNTS_POSITIONS = ("roberta", "xlm-roberta", "camembert")
+# Every pair of family and head that transformers has, bert aside.
+PAIRS = [(family, head) for family in FAMILIES for head in HEADS if head != "pretraining" or family == "electra"]
+
+
+def reads_first_token(family: str, head: str) -> bool:
+    return head in ("sequence", "choice")
+
+
+def model_class(family: str, head: str) -> Any:
+    return getattr(transformers, FAMILIES[family][0] + HEADS[head])
+
+
+def make(family: str, head: str = "base", *, dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any) -> Any:
+    """An eval-mode model with every parameter random; fields have BERT's names in every family."""
+    torch.manual_seed(seed)
+    settings = {**COMMON, **FAMILIES[family][1], **fields}
+    if family == "distilbert":
+        settings = {DISTILBERT_NAMES.get(name, name): value for name, value in settings.items()}
+    cls = model_class(family, head)
+    model = cls(cls.config_class(**settings))
+    randomize(model)
+    return model.to(dtype).eval()
+
+
+def batch_for(model: Any, mask: Tensor | None = None, *, batch: int = 4, seed: int = 0) -> dict[str, Tensor]:
+    """`batch` notes of up to 24 tokens, with token types where the family has them; pad ids stand among the tokens."""
+    config = model.config
+    seqlen = min(24, config.max_position_embeddings - 4)
+    mask = right_padded([seqlen, 1, seqlen // 2, 7][:batch], seqlen) if mask is None else mask
+    input_ids = ids(batch, mask.shape[1], seed=seed, vocab=config.vocab_size)
+    found = {"input_ids": input_ids, "attention_mask": mask}
+    if getattr(config, "type_vocab_size", 0):
+        found["token_type_ids"] = input_ids % config.type_vocab_size
+    return shaped(model, found)
+
+
+def shaped(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same notes as [B / 2, 2, S] under a multiple choice head."""
+    if not type(model).__name__.endswith("MultipleChoice"):
+        return inputs
+    return {name: value.view(-1, 2, value.shape[-1]) for name, value in inputs.items()}
+
+
+def labels_for(head: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    batch, seqlen = inputs["input_ids"].shape[0], inputs["input_ids"].shape[-1]
+    if head == "qa":
+        return {"start_positions": torch.zeros(batch).long(), "end_positions": torch.ones(batch).long()}
+    per_token = head in ("token", "mlm", "pretraining")
+    return {"labels": torch.ones((batch, seqlen) if per_token else (batch,), dtype=torch.long)}
