@@ -48,7 +48,7 @@ cubins: $(VENV)/.test
 
 # Every configuration of the tuning tables, compiled for every class of devices: ten minutes.
 triton-check: $(VENV)/.test
-	$(BIN)/python -m pytest -q -m exhaustive tests/triton
+	$(BIN)/python -m pytest -q -m exhaustive tests/triton_backend
 
 # For a machine with an NVIDIA GPU; uses the Python packages that are there, and no network.
 gpu-check:

@@ -1,6 +1,6 @@
 """Compiles variants for device classes and prints what stands in their machine code, one JSON object a line.
 
-    python tests/triton/compiles.py --classes 80 90 [--all] [--names layer_norm_kernel ...]
+    python tests/triton_backend/compiles.py --classes 80 90 [--all] [--names layer_norm_kernel ...]
 """
 
 import argparse
