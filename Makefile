@@ -5,14 +5,14 @@ VENV   ?= .venv
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
-SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
 # Releases of transformers that are tested beside the newest, and the tests that a release matters for.
 OLDER_TRANSFORMERS := 4.57 4.48
 VERSION_TESTS := tests/models tests/patch tests/api tests/integrations tests/test_readme.py \
 	-k "not (any_shape or any_one_weight or long_notes or precision_apart or torch_backend or TestCompile)"
 
-.PHONY: demo test test-versions test-quantized lint bench bench-ops cubins triton-check gpu-check clean
+.PHONY: demo test test-versions test-quantized lint bench bench-ops cubins triton-check cuda-check gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m clinfast.demo
@@ -49,6 +49,10 @@ cubins: $(VENV)/.test
 # Every configuration of the tuning tables, compiled for every class of devices: ten minutes.
 triton-check: $(VENV)/.test
 	$(BIN)/python -m pytest -q -m exhaustive tests/triton_backend
+
+# Needs nvcc and no GPU: every CUDA kernel for every architecture, with registers and shared memory.
+cuda-check:
+	cd tests/cuda && $(PYTHON) -m compile_check
 
 # For a machine with an NVIDIA GPU; uses the Python packages that are there, and no network.
 gpu-check:

@@ -96,6 +96,26 @@ def tests() -> dict[str, Any]:
     return no_tests_is_fine(result)
 
 
+def sanitizer() -> dict[str, Any]:
+    """The CUDA C++ kernels on small shapes under memcheck and racecheck, where compute-sanitizer works."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None or not (ROOT / "tests" / "cuda").is_dir():
+        return {"status": 0, "note": "compute-sanitizer is not installed"}
+    works = command(tool, sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')", timeout=120)
+    if works["status"]:
+        return {"status": 0, "note": "compute-sanitizer does not work here", "tail": works["tail"]}
+    result: dict[str, Any] = {"status": 0}
+    for check in ("memcheck", "racecheck"):
+        found = command(
+            tool, "--tool", check, "--error-exitcode", "99", sys.executable, "-m", "pytest", "-q", "-m", "gpu",
+            "tests/cuda", "-k", "small or around_the_tiles or any_batch", timeout=STAGE_SECONDS / 2,
+        )  # fmt: skip
+        result[check] = found
+        result["status"] = result["status"] or no_tests_is_fine(found)["status"]
+        result["tail"] = found["tail"]
+    return result
+
+
 def benchmarks() -> dict[str, Any]:
     if not (ROOT / "benchmarks" / "gpu").is_dir():
         return {"status": 0, "note": "there are no GPU benchmarks yet"}
@@ -126,6 +146,7 @@ STAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "environment": environment,
     "build": build,
     "tests": tests,
+    "sanitizer": sanitizer,
     "benchmarks": benchmarks,
 }
 

@@ -7,6 +7,9 @@
 
 #include "cpu/kernels.h"
 #include "launch.h"
+#if defined(CLINFAST_CUDA)
+#include "cuda_bindings.h"
+#endif
 
 namespace py = pybind11;
 using namespace clinfast;
@@ -245,4 +248,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("position_ids", &position_ids);
   m.def("unpack", &unpack);
   m.def("values_unchanged", &unchanged);
+#if defined(CLINFAST_CUDA)
+  add_cuda(m.def_submodule("cuda"));
+#endif
 }

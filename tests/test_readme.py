@@ -79,7 +79,7 @@ def table():
         cells = []
         for head in heads:
             cls = model_class(home, head)
-            fast = [] if cls is None else [backend for backend in registry.BACKENDS if served(cls, backend)]
+            fast = [] if cls is None else [name for name in registry.order("auto", "cpu") if served(cls, name)]
             cells.append("" if cls is None else ", ".join(fast) or "base model only")
         lines.append(f"| {family_of(home)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """Ops by name, and which backend serves each.
 
 An op has one schema (registered with `torch.library`), an fp32 reference, and one implementation a backend. Backends
-are tried in the order of `BACKENDS`; `CLINFAST_BACKEND_<OP>=<backend>` overrides the choice for one op, to bisect a
-problem in production.
+are tried in the order of `BACKENDS`, on a GPU after the one that `choices.TABLE` puts first; the environment variable
+`CLINFAST_BACKEND_<OP>=<backend>` overrides the choice for one op, to bisect a problem in production.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from clinfast.ops import choices
 
 NAMESPACE = "clinfast"
 STEMS = ("packing", "embedding", "linear", "attention", "layer_norm", "gelu", "pooling")
@@ -37,6 +39,7 @@ class Backend:
 BACKENDS = {
     "cpu": Backend("clinfast.backends.cpu", ("cpu",)),
     "triton": Backend("clinfast.backends.triton", ("cuda",)),
+    "cuda": Backend("clinfast.backends.cuda", ("cuda",)),
     "torch": Backend("clinfast.backends.torch", ("cpu", "cuda")),
 }
 
@@ -133,15 +136,33 @@ def implementation(name: str, backend: str, device: str = "cpu", *, prechecked: 
     `pack` made: on an accelerator, looking at them again would wait for it.
     """
     chosen = os.environ.get(f"CLINFAST_BACKEND_{name.partition('.')[0].upper()}", backend)
-    for candidate in order(chosen, device):
-        module = importlib.import_module(BACKENDS[candidate].home)
-        offered = module.implementations()
-        found = (offered.get(f"{name}.prechecked") if prechecked else None) or offered.get(name)
-        if found is not None:
-            return counted(f"{name}[{candidate}]", found)
-    raise RuntimeError(
-        f"no backend serves the op {name!r} with backend={chosen!r}; backend='torch' serves every op everywhere"
+    candidates = order(chosen, device)
+    if chosen != "auto" or device != "cuda":
+        return _first_offer(name, tuple(candidates), prechecked)
+    card = choices.capability()
+    return choices.by_dtype(
+        {
+            dtype: _first_offer(name, tuple(choices.ranked(name, candidates, dtype, card)), prechecked)
+            for dtype in KERNEL_DTYPES["cuda"]
+        }
     )
+
+
+def _first_offer(name: str, candidates: tuple[str, ...], prechecked: bool) -> Callable[..., Any]:
+    for candidate in candidates:
+        found = _offer(name, candidate, prechecked)
+        if found is not None:
+            return found
+    raise RuntimeError(
+        f"no backend of {', '.join(candidates)} serves the op {name!r}; backend='torch' serves every op everywhere"
+    )
+
+
+@functools.cache
+def _offer(name: str, backend: str, prechecked: bool) -> Callable[..., Any] | None:
+    offered = importlib.import_module(BACKENDS[backend].home).implementations()
+    found = (offered.get(f"{name}.prechecked") if prechecked else None) or offered.get(name)
+    return None if found is None else counted(f"{name}[{backend}]", found)
 
 
 def optional(name: str, backend: str, device: str = "cpu") -> Callable[..., Any] | None:

@@ -1,0 +1,32 @@
+"""The compiled CUDA kernels. Absent (no compiled module, built without CUDA, a driver that is missing or too old),
+nothing is offered and `unavailable()` says why."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+MODULES = ("attention", "embedding", "gelu", "layer_norm", "linear", "packing", "pooling")
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """None where the compiled kernels run, else the reason in a sentence."""
+    from clinfast.backends.cuda import native
+
+    return native.load_error()
+
+
+@functools.cache
+def implementations() -> dict[str, Callable[..., Any]]:
+    if unavailable() is not None:
+        return {}
+    from clinfast.backends.cuda import native
+
+    native.prepare_current()
+    found: dict[str, Callable[..., Any]] = {}
+    for name in MODULES:
+        found.update(importlib.import_module(f"{__name__}.{name}").IMPLEMENTATIONS)
+    return found
