@@ -92,8 +92,6 @@ def optimize(
             not serve; or a trial batch that differs from stock. The model is then left as it was.
     """
     options = Options(precision, backend, padding, reproducible, inference_only, strict, weights)
-    if backend != "auto" and (reason := registry.unavailable(backend)) is not None:
-        raise ValueError(f"backend={backend!r} is not there: {reason}; backend='torch' works everywhere")
     units = patch.find_units(model)
     if not units:
         raise ValueError(
@@ -105,6 +103,11 @@ def optimize(
             raise ValueError(f"{_name(unit)} is optimized already; call clinfast.restore(model) first")
     if backend == "auto":
         _warn_of_slow(units)
+    else:
+        for device in _devices(units):
+            registry.order(backend, device)
+        if (reason := registry.unavailable(backend)) is not None:
+            raise ValueError(f"backend={backend!r} is not there: {reason}; backend='torch' works everywhere")
     refused: list[tuple[patch.Unit, str]] = []
     try:
         for unit in units:
@@ -126,7 +129,7 @@ def optimize(
 
 def _warn_of_slow(units: Sequence[patch.Unit]) -> None:
     """Where only pure PyTorch is left for the devices that the units are on."""
-    for device in sorted({_device_of(unit) for unit in units if unit.match is not None}):
+    for device in _devices(units):
         reasons = [registry.unavailable(name) for name in registry.order("auto", device)[:-1]]
         if reasons and None not in reasons:
             warnings.warn(
@@ -137,9 +140,10 @@ def _warn_of_slow(units: Sequence[patch.Unit]) -> None:
             )
 
 
-def _device_of(unit: patch.Unit) -> str:
-    assert unit.match is not None
-    return next(iter(unit.match.parameters.values())).tensor().device.type
+def _devices(units: Sequence[patch.Unit]) -> list[str]:
+    """The types of device that the units' weights are on."""
+    matches = [unit.match for unit in units if unit.match is not None]
+    return sorted({next(iter(match.parameters.values())).tensor().device.type for match in matches})
 
 
 def _optimize_unit(unit: patch.Unit, options: Options) -> None:
