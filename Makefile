@@ -12,7 +12,7 @@ OLDER_TRANSFORMERS := 4.57 4.48
 VERSION_TESTS := tests/models tests/patch tests/api tests/integrations tests/test_readme.py \
 	-k "not (any_shape or any_one_weight or long_notes or precision_apart or torch_backend or TestCompile)"
 
-.PHONY: demo test test-versions test-quantized lint bench bench-ops cuda-check gpu-check clean
+.PHONY: demo test test-versions test-quantized lint bench bench-ops cubins triton-check cuda-check gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m clinfast.demo
@@ -41,6 +41,14 @@ bench: $(VENV)/.bench
 
 bench-ops: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks/ops
+
+# The Triton kernels as machine code in the package, so that no compiler is needed where they run. No GPU needed.
+cubins: $(VENV)/.test
+	$(BIN)/python -m clinfast.triton_kernels.build
+
+# Every configuration of the tuning tables, compiled for every class of devices: ten minutes.
+triton-check: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m exhaustive tests/triton_backend
 
 # Needs nvcc and no GPU: every CUDA kernel for every architecture, with registers and shared memory.
 cuda-check:

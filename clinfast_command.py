@@ -32,6 +32,10 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def wholes(text: str) -> list[int]:
+    return [whole(name) for name in names(text)]
+
+
 def difference(text: str) -> float:
     try:
         value = float(text)
@@ -107,6 +111,20 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--plot", type=Path, metavar="FILE", help="also draw the speeds (.png, .svg or .pdf)")
     bench.add_argument(
         "--cache", type=Path, metavar="FOLDER", help="keep exported models there for the next time (never texts)"
+    )
+    tune = commands.add_parser(
+        "tune",
+        help="time the GPU kernels' tiles on this machine's card",
+        description="Writes a tuning table for the card; the environment variable CLINFAST_TUNING_TABLE puts it to "
+        "use. Exit status: 0 written, 2 no GPU or bad input.",
+    )
+    tune.add_argument("--output", type=Path, default=Path("clinfast-tuning.json"), metavar="FILE", help="the table")
+    tune.add_argument(
+        "--linear", type=names, default=["384x1536", "768x3072", "1024x4096"], metavar="LIST",
+        help="in_features x out_features of the products with an activation (384x1536,768x3072,1024x4096)",
+    )  # fmt: skip
+    tune.add_argument(
+        "--head-dims", type=wholes, default=[32, 64], metavar="LIST", help="head dimensions of attention (32,64)"
     )
     return top
 

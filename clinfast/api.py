@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from clinfast import canary, patch
-from clinfast.backends import cpu, cuda
+from clinfast.backends import cpu
 from clinfast.backends.cpu import native
 from clinfast.engine import compiled
 from clinfast.engine.concurrency import available_cores
@@ -74,7 +74,7 @@ def optimize(
         model: a transformers model, a `pipeline`, a `SentenceTransformer` or `CrossEncoder`, or any `nn.Module` that
             contains an encoder that clinfast knows.
         precision: `"auto"` (the model's own dtype), `"fp32"` or `"bf16"`; outputs keep the model's dtype.
-        backend: `"auto"`, `"cpu"` (compiled kernels) or `"torch"` (pure PyTorch).
+        backend: `"auto"`, `"cpu"` (compiled kernels), `"triton"` (kernels for NVIDIA GPUs) or `"torch"` (pure PyTorch).
         padding: `"remove"` computes real tokens only and returns zeros at padded positions; `"keep"` computes every
             position as stock does.
         reproducible: True demands that a note's output has the same bits in any batch; on the CPU that is so by
@@ -92,14 +92,6 @@ def optimize(
             not serve; or a trial batch that differs from stock. The model is then left as it was.
     """
     options = Options(precision, backend, padding, reproducible, inference_only, strict, weights)
-    if backend == "cpu" and cpu.unavailable() is not None:
-        raise ValueError(f"backend='cpu' is not there: {cpu.unavailable()}; backend='torch' works everywhere")
-    if backend == "auto" and cpu.unavailable() is not None:
-        warnings.warn(
-            f"the compiled kernels are not there ({cpu.unavailable()}); pure PyTorch serves, at a part of the speed",
-            ClinfastWarning,
-            stacklevel=2,
-        )
     units = patch.find_units(model)
     if not units:
         raise ValueError(
@@ -109,6 +101,13 @@ def optimize(
     for unit in units:
         if patch.patched(unit.module) is not None:
             raise ValueError(f"{_name(unit)} is optimized already; call clinfast.restore(model) first")
+    if backend == "auto":
+        _warn_of_slow(units)
+    else:
+        for device in _devices(units):
+            registry.order(backend, device)
+        if (reason := registry.unavailable(backend)) is not None:
+            raise ValueError(f"backend={backend!r} is not there: {reason}; backend='torch' works everywhere")
     refused: list[tuple[patch.Unit, str]] = []
     try:
         for unit in units:
@@ -126,6 +125,25 @@ def optimize(
         patch.mark_refused(unit.module, reason)
         warnings.warn(f"{_name(unit)} is left stock: {reason}", ClinfastWarning, stacklevel=2)
     return model
+
+
+def _warn_of_slow(units: Sequence[patch.Unit]) -> None:
+    """Where only pure PyTorch is left for the devices that the units are on."""
+    for device in _devices(units):
+        reasons = [registry.unavailable(name) for name in registry.order("auto", device)[:-1]]
+        if reasons and None not in reasons:
+            warnings.warn(
+                f"the compiled kernels are not there ({'; '.join(map(str, reasons))}); pure PyTorch serves, at a part "
+                "of the speed",
+                ClinfastWarning,
+                stacklevel=3,
+            )
+
+
+def _devices(units: Sequence[patch.Unit]) -> list[str]:
+    """The types of device that the units' weights are on."""
+    matches = [unit.match for unit in units if unit.match is not None]
+    return sorted({next(iter(match.parameters.values())).tensor().device.type for match in matches})
 
 
 def _optimize_unit(unit: patch.Unit, options: Options) -> None:
@@ -189,7 +207,7 @@ def warmup(model: Any, lengths: Sequence[int] = (16, 64, 128, 256, 512)) -> None
         spec = forward.encoder.spec
         for length in lengths:
             length = max(1, min(int(length), spec.max_seqlen))
-            ids = torch.zeros(1, length, dtype=torch.long)
+            ids = torch.zeros(1, length, dtype=torch.long, device=forward.encoder.refs[0].tensor().device)
             forward.encoder.run(Request(ids, None, None))
 
 
@@ -239,7 +257,7 @@ def info() -> Info:
         isas=isas,
         threads=torch.get_num_threads(),
         cores=available_cores(),
-        backends={"cpu": reason or "ready", "cuda": cuda.unavailable() or "ready", "torch": "ready"},
+        backends={name: registry.unavailable(name) or "ready" for name in registry.BACKENDS},
         versions={
             "clinfast": _version("clinfast"),
             "torch": torch.__version__,

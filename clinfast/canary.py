@@ -22,11 +22,11 @@ BUDGET = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.b
 
 
 def canary_request(encoder: Encoder) -> Request:
-    spec = encoder.spec
+    spec, device = encoder.spec, encoder.refs[0].tensor().device
     seqlen = max(1, min(LENGTHS[0], spec.max_seqlen))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, spec.vocab_size, (len(LENGTHS), seqlen), generator=generator)
-    mask = torch.ones(len(LENGTHS), seqlen, dtype=torch.long)
+    ids = torch.randint(0, spec.vocab_size, (len(LENGTHS), seqlen), generator=generator).to(device)
+    mask = torch.ones(len(LENGTHS), seqlen, dtype=torch.long, device=device)
     mask[1, LENGTHS[1] :] = 0
     types = (ids % spec.type_vocab_size) if spec.type_vocab_size else None
     return Request(ids, mask, types, num_choices=len(LENGTHS) if encoder.head.choices else None)

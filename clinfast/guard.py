@@ -44,6 +44,9 @@ GRAD = Reason(
     dirties=True,
 )
 AUTOCAST = Reason("autocast is on", "leave autocast, and choose the precision in optimize()")
+CAPTURE = Reason(
+    "a CUDA graph is being captured", "packing asks the device for the lengths, which a capture forbids", quiet=True
+)
 TRACING = Reason("the model is being traced or exported", "the exported program holds the stock model", quiet=True)
 MODE = Reason("a torch dispatch or function mode is active", "leave it to get the fast path")
 FUNCTORCH = Reason("a torch.func transform is active", "call the model outside of it to get the fast path")
@@ -226,6 +229,8 @@ class Guard:
 
 def _ambient(device: torch.device) -> Reason | None:
     """What the calling thread has switched on around the call."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return CAPTURE
     if torch.is_autocast_enabled(device.type):
         return AUTOCAST
     if torch.jit.is_tracing():

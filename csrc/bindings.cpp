@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "launch.h"
 #if defined(CLINFAST_CUDA)
 #include "cuda_bindings.h"
 #endif
@@ -229,6 +230,7 @@ bool unchanged(uintptr_t addresses, uintptr_t expected, int64_t count, int64_t w
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Compiled clinfast kernels. Addresses are integers, strides count elements; nothing is checked here: call "
             "them through clinfast.ops.";
+  if (PyModule_AddFunctions(m.ptr(), launch_methods)) throw py::error_already_set();
   m.def("select_isa", &select_isa, "Use the kernels of this instruction set; '' chooses the widest.");
   m.def("available_isas", &isas);
   m.def("attention", &attention);

@@ -93,7 +93,7 @@ def _encode(
     facts = _Call.from_json(call)
     executor = NativeExecutor(facts.spec, facts.backend, input_ids.device.type)
     request, dtype = Request(input_ids, mask, token_type_ids), weights[0].dtype
-    with gate.room(), torch.no_grad():
+    with gate.room(executor.device), torch.no_grad():
         packed = _find(call, facts, weights)
         try:
             out = run(executor, packed, facts.head, request, facts.padding, dtype)
@@ -148,5 +148,6 @@ library.define(
     "encode(Tensor input_ids, Tensor? mask, Tensor? token_type_ids, Tensor[] weights, str call) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-library.impl("encode", _encode, "CPU")
+for _key in ("CPU", "CUDA"):
+    library.impl("encode", _encode, _key)
 library.impl("encode", _fake, "Meta")

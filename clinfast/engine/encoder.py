@@ -16,7 +16,7 @@ from clinfast.engine.spec import EncoderOutput, Match, Request, Unsupported
 from clinfast.engine.weights import Fingerprint, PackedWeights, pack_weights
 
 # Types of device that models are optimized on.
-SERVED = ("cpu",)
+SERVED = ("cpu", "cuda")
 
 
 class Encoder:
@@ -37,7 +37,7 @@ class Encoder:
         ]
         first = self.refs[0].tensor()
         if first.device.type not in SERVED:
-            raise Unsupported(f"the model is on {first.device}; only CPU kernels are built so far: model.to('cpu')")
+            raise Unsupported(f"the model is on {first.device}; models on {' and '.join(SERVED)} are served")
         self.model_dtype = first.dtype
         self.dtype = precisions.resolve(precision, first.dtype, first.device.type)
         self.precision, self.backend, self.padding = precision, backend, padding
@@ -56,7 +56,7 @@ class Encoder:
         self._packed: tuple[PackedWeights, Fingerprint] | None = None
         self.packs = 0
         self.pack()
-        self.reproducible = reproducibility.proved(self.weights().linears())
+        self.reproducible = reproducibility.proved(self.weights().linears(), first.device)
         if reproducible and not self.reproducible:
             raise Unsupported(
                 "reproducible=True, but this machine's linears give a row other bits in another batch; pass "
@@ -114,7 +114,7 @@ class Encoder:
             IndexError: an id or token type out of range.
         """
         single_thread_if_forked()
-        with gate.room(), torch.no_grad():
+        with gate.room(self._executor.device), torch.no_grad():
             weights = self.weights()
             return run(self._executor, weights, self.head, request, self.padding, self.model_dtype)
 

@@ -38,6 +38,7 @@ class Backend:
 
 BACKENDS = {
     "cpu": Backend("clinfast.backends.cpu", ("cpu",)),
+    "triton": Backend("clinfast.backends.triton", ("cuda",)),
     "cuda": Backend("clinfast.backends.cuda", ("cuda",)),
     "torch": Backend("clinfast.backends.torch", ("cpu", "cuda")),
 }
@@ -120,25 +121,36 @@ def order(backend: str, device: str) -> list[str]:
     return [backend]
 
 
+def unavailable(backend: str) -> str | None:
+    """None where a backend of that name is ready on this machine, else the reason in a sentence."""
+    module = importlib.import_module(BACKENDS[backend].home)
+    reason: str | None = module.unavailable() if hasattr(module, "unavailable") else None
+    return reason
+
+
 @functools.cache
-def implementation(name: str, backend: str, device: str = "cpu") -> Callable[..., Any]:
-    """The function that serves op `name` on `device`: the first backend in `order` that offers it."""
+def implementation(name: str, backend: str, device: str = "cpu", *, prechecked: bool = False) -> Callable[..., Any]:
+    """The function that serves op `name` on `device`: the first backend in `order` that offers it.
+
+    `prechecked` asks for a form that takes the values of ids, indices and boundaries for checked, as those are that
+    `pack` made: on an accelerator, looking at them again would wait for it.
+    """
     chosen = os.environ.get(f"CLINFAST_BACKEND_{name.partition('.')[0].upper()}", backend)
     candidates = order(chosen, device)
     if chosen != "auto" or device != "cuda":
-        return _first_offer(name, tuple(candidates))
+        return _first_offer(name, tuple(candidates), prechecked)
     card = choices.capability()
     return choices.by_dtype(
         {
-            dtype: _first_offer(name, tuple(choices.ranked(name, candidates, dtype, card)))
+            dtype: _first_offer(name, tuple(choices.ranked(name, candidates, dtype, card)), prechecked)
             for dtype in KERNEL_DTYPES["cuda"]
         }
     )
 
 
-def _first_offer(name: str, candidates: tuple[str, ...]) -> Callable[..., Any]:
+def _first_offer(name: str, candidates: tuple[str, ...], prechecked: bool) -> Callable[..., Any]:
     for candidate in candidates:
-        found = _offer(name, candidate)
+        found = _offer(name, candidate, prechecked)
         if found is not None:
             return found
     raise RuntimeError(
@@ -147,8 +159,9 @@ def _first_offer(name: str, candidates: tuple[str, ...]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _offer(name: str, backend: str) -> Callable[..., Any] | None:
-    found = importlib.import_module(BACKENDS[backend].home).implementations().get(name)
+def _offer(name: str, backend: str, prechecked: bool) -> Callable[..., Any] | None:
+    offered = importlib.import_module(BACKENDS[backend].home).implementations()
+    found = (offered.get(f"{name}.prechecked") if prechecked else None) or offered.get(name)
     return None if found is None else counted(f"{name}[{backend}]", found)
 
 

@@ -8,6 +8,7 @@ from clinfast.engine.packing import PackedBatch, one_row_a_note
 from clinfast.engine.spec import EncoderSpec, Request
 from clinfast.engine.weights import PackedLayer, PackedWeights
 from clinfast.ops import registry
+from clinfast.ops.linear import PackedLinear
 
 # Rows of the FFN that are taken at a time: the intermediate of a slice stays in the last-level cache.
 FFN_ROWS = 1024
@@ -18,8 +19,11 @@ class EagerExecutor:
 
     def __init__(self, spec: EncoderSpec, backend: str, device: str = "cpu") -> None:
         self.spec, self.backend, self.device = spec, backend, device
+        # On the CPU the product adds the residual while its result is in the cache, and the FFN is taken in slices that
+        # stay there; a GPU's norm reads the residual as cheaply as an epilogue would, and leaves the library its best.
+        self.adds_in_norm = self.whole_ffn = device != "cpu"
         ops = ("pack", "position_ids", "embedding", "attention", "layer_norm", "unpack", "pooling")
-        found = [registry.implementation(name, backend, device) for name in ops]
+        found = [registry.implementation(name, backend, device, prechecked=True) for name in ops]
         (
             self.pack, self.position_ids, self.embedding, self.attention, self.layer_norm, self.unpack, self.pooling,
         ) = found  # fmt: skip
@@ -76,17 +80,23 @@ class EagerExecutor:
         return self._after_attention(layer, context, first)
 
     def _after_attention(self, layer: PackedLayer, context: Tensor, x: Tensor) -> Tensor:
-        x = layer.attention_output(context.view(x.shape), residual=x)
-        return self._ffn(layer, self.layer_norm(x, None, *layer.attention_norm, self.spec.eps))
+        return self._ffn(layer, self._add_norm(layer.attention_output, context.view(x.shape), x, layer.attention_norm))
+
+    def _add_norm(self, linear: PackedLinear, x: Tensor, residual: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+        """LayerNorm(linear(x) + residual)."""
+        if self.adds_in_norm:
+            normed: Tensor = self.layer_norm(linear(x), residual, *norm, self.spec.eps)
+        else:
+            normed = self.layer_norm(linear(x, residual=residual), None, *norm, self.spec.eps)
+        return normed
 
     def _ffn(self, layer: PackedLayer, x: Tensor) -> Tensor:
         rows = x.shape[0]
-        if rows <= FFN_ROWS + FFN_ROWS // 2:
-            x = layer.ffn_out(layer.ffn_in(x, self.spec.activation), residual=x)
-            return self.layer_norm(x, None, *layer.output_norm, self.spec.eps)
+        if self.whole_ffn or rows <= FFN_ROWS + FFN_ROWS // 2:
+            return self._add_norm(layer.ffn_out, layer.ffn_in(x, self.spec.activation), x, layer.output_norm)
         out = x.new_empty(x.shape)
         for start in range(0, rows, FFN_ROWS):
             part = x[start : start + FFN_ROWS]
-            y = layer.ffn_out(layer.ffn_in(part, self.spec.activation), residual=part)
-            out[start : start + FFN_ROWS] = self.layer_norm(y, None, *layer.output_norm, self.spec.eps)
+            inner = layer.ffn_in(part, self.spec.activation)
+            out[start : start + FFN_ROWS] = self._add_norm(layer.ffn_out, inner, part, layer.output_norm)
         return out

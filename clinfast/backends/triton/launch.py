@@ -1,0 +1,152 @@
+"""Launches a kernel: by a cubin of the package, else compiled by Triton in this process, else not at all."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from clinfast.backends import torch as fallbacks
+from clinfast.backends.triton import cubins, device
+from clinfast.ops.registry import calls
+from clinfast.triton_kernels.variants import KERNELS
+
+log = logging.getLogger("clinfast")
+Function = TypeVar("Function", bound=Callable[..., Any])
+Runner = Callable[[tuple[int, int, int], tuple[Any, ...]], None]
+
+_runners: dict[tuple[Any, ...], Runner] = {}
+# Launches by what made the code, for tests and reports.
+launches = {"cubin": 0, "jit": 0}
+
+
+class KernelUnavailable(Exception):
+    """There is no cubin for the call, and Triton cannot compile one here; the message says why."""
+
+
+class Matrix:
+    """A row-major matrix that a kernel takes through a descriptor, in blocks of `block`."""
+
+    __slots__ = ("block", "dtype", "tensor")
+
+    def __init__(self, tensor: Tensor, block: tuple[int, int]) -> None:
+        self.tensor, self.block, self.dtype = tensor, block, tensor.dtype
+
+
+def launch(
+    name: str,
+    grid: tuple[int, int, int],
+    args: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    num_warps: int = 4,
+    num_stages: int = 2,
+) -> None:
+    """Run `name` on the device of its first tensor.
+
+    Args:
+        args: tensors, `Matrix`, integers, floats and None, in the kernel's order.
+        constants: the kernel's compile-time values, in its order.
+
+    Raises:
+        KernelUnavailable: nothing to run it with.
+    """
+    first = args[0]
+    index = device.index_of(first.tensor if type(first) is Matrix else first)
+    kinds = tuple([a.dtype if isinstance(a, (Tensor, Matrix)) else type(a) for a in args])
+    key = (name, index, num_warps, num_stages, constants, kinds)
+    run = _runners.get(key)
+    if run is None:
+        run = _runners[key] = _prepare(name, index, args, constants, num_warps, num_stages)
+    if device.TYPE == "cuda" and index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            run(grid, args)
+    else:
+        run(grid, args)
+
+
+def _prepare(
+    name: str, index: int, args: tuple[Any, ...], constants: tuple[Any, ...], num_warps: int, num_stages: int
+) -> Runner:
+    compiled = functools.cache(lambda: _jit(name, constants, num_warps, num_stages))
+    loaded = cubins.find(index, name, args, constants, num_warps, num_stages)
+    if loaded is None:
+        return compiled()
+    fire = loaded.fire
+
+    def run(grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+        if fire(grid, args):
+            launches["cubin"] += 1
+        else:  # unaligned, or a size beyond 32 bits: the cubin was compiled for less
+            compiled()(grid, args)
+
+    return run
+
+
+def _jit(name: str, constants: tuple[Any, ...], num_warps: int, num_stages: int) -> Runner:
+    reason = device.no_compiler()
+    if reason is not None:
+        return _refusing(name, reason)
+    from clinfast.triton_kernels import versions
+
+    spec = KERNELS[name]
+    kernel = getattr(importlib.import_module(f"clinfast.triton_kernels.{spec.module}"), name)
+    options = dict(zip(spec.constants, constants, strict=True))
+    options |= {"num_warps": num_warps, "num_stages": num_stages, **versions.JIT_OPTIONS}
+    tried = False
+
+    def run(grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+        nonlocal tried
+        if not tried:
+            _try(name, lambda: kernel[grid](*map(versions.argument, args), **options))
+            tried = True
+        else:
+            kernel[grid](*map(versions.argument, args), **options)
+        launches["jit"] += 1
+
+    return run
+
+
+def _try(name: str, call: Callable[[], Any]) -> None:
+    """The first launch compiles; what goes wrong then is Triton's or the machine's affair, unless it is the GPU's."""
+    try:
+        call()
+    except (torch.cuda.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.cuda.OutOfMemoryError)):
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise KernelUnavailable(f"Triton could not compile {name}: {first}") from error
+
+
+def _refusing(name: str, reason: str) -> Runner:
+    def run(grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+        raise KernelUnavailable(f"the package has no {name} for this card and shape, and {reason}")
+
+    return run
+
+
+@functools.cache
+def _announce(name: str, reason: str) -> None:
+    log.warning("clinfast: PyTorch serves %s where %s", name, reason)
+
+
+def or_torch(name: str) -> Callable[[Function], Function]:
+    """Where no kernel is to be had, the next backend serves the op `name`: said once, counted as its own."""
+
+    def wrap(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except KernelUnavailable as reason:
+                _announce(name, str(reason))
+                calls[f"{name}[torch]"] += 1
+                return getattr(fallbacks, name)(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return wrap

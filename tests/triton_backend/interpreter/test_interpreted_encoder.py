@@ -1,0 +1,84 @@
+"""Whole small models through `optimize` with the interpreted kernels, against stock in float64."""
+
+import pytest
+import torch
+from bert_models import Subject, ids, make, right_padded
+from transformers import RobertaConfig, RobertaForTokenClassification
+
+import clinfast
+from clinfast.engine.executors.eager import EagerExecutor
+from clinfast.ops import registry
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """The engine's ways that depend on the type of device, which here reads cpu."""
+    before = EagerExecutor.__init__
+
+    def init(self, *args):
+        before(self, *args)
+        self.adds_in_norm = self.whole_ffn = True
+
+    monkeypatch.setattr(EagerExecutor, "__init__", init)
+    registry.calls.clear()
+
+
+def ran():
+    return {label for label, count in registry.calls.items() if count}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", ["base", "sequence", "token"])
+def test_bert(head, dtype):
+    subject = Subject(make(head, dtype=dtype))
+    batch = ids(4, 20)
+    mask = right_padded([20, 1, 13, 7])
+    subject.check(input_ids=batch, attention_mask=mask, token_type_ids=batch % 2)
+    assert ran() >= {f"{op}[triton]" for op in ("pack", "embedding", "attention", "layer_norm", "linear.prepack")}
+    assert not {label for label in ran() if label.endswith("[torch]")}
+    linear = clinfast.report(subject.model).units[0].facts["linear"]
+    assert linear == ("cuBLAS" if dtype is torch.float32 else "Triton, cuBLAS")
+
+
+def test_bert_in_fp16():
+    subject = Subject(make("token", dtype=torch.float16))
+    subject.check(input_ids=ids(3, 16), attention_mask=right_padded([16, 9, 2]))
+
+
+def test_padding_kept():
+    subject = Subject(make("base"), padding="keep")
+    subject.check(input_ids=ids(3, 16), attention_mask=right_padded([16, 9, 2]))
+    assert registry.calls["unpack[triton]"]
+
+
+def test_roberta_counts_positions():
+    torch.manual_seed(0)
+    model = RobertaForTokenClassification(
+        RobertaConfig(
+            vocab_size=97, hidden_size=64, num_attention_heads=2, num_hidden_layers=2, intermediate_size=96,
+            max_position_embeddings=64, pad_token_id=1,
+        )
+    ).eval()  # fmt: skip
+    subject = Subject(model)
+    mask = right_padded([18, 5])
+    subject.check(input_ids=torch.where(mask.bool(), ids(2, 18) % 90 + 3, 1), attention_mask=mask)
+    assert registry.calls["position_ids[triton]"]
+
+
+def test_an_id_out_of_range_raises_before_the_gather():
+    subject = Subject(make("token"))
+    batch = ids(2, 8)
+    batch[1, 3] = 97
+    before = registry.calls["embedding[triton]"]
+    with torch.no_grad(), pytest.raises(IndexError, match=r"input_ids\[1, 3\] is 97"):
+        subject.model(input_ids=batch)
+    assert registry.calls["embedding[triton]"] == before
+
+
+def test_reproducible_is_proved_or_refused():
+    try:
+        model = clinfast.optimize(make("base"), reproducible=True)
+    except clinfast.Unsupported as refusal:
+        assert "reproducible" in str(refusal)
+    else:
+        assert clinfast.report(model).units[0].facts["reproducible"]

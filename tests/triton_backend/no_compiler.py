@@ -1,0 +1,29 @@
+"""Run by `test_launching.py`: a machine without cubins for a shape and without a C compiler. Prints JSON."""
+
+import json
+import logging
+import os
+
+import torch
+from launches import stubbed
+
+stubbed()
+os.environ.pop("CC", None)
+os.environ["PATH"] = "/nowhere"
+sentences = []
+handler = logging.Handler()
+handler.emit = lambda record: sentences.append(record.getMessage())
+logging.getLogger("clinfast").addHandler(handler)
+
+from clinfast.backends.triton.layer_norm import layer_norm  # noqa: E402
+from clinfast.backends.triton.linear import GpuLinear  # noqa: E402
+from clinfast.ops.registry import calls  # noqa: E402
+
+x, ones = torch.randn(3, 64), torch.ones(64)
+for _ in range(2):
+    expected = torch.nn.functional.layer_norm(x, (64,), ones, ones, 1e-5)
+    assert torch.equal(layer_norm(x, None, ones, ones, 1e-5), expected)
+weight = torch.randn(32, 64).half()
+y = GpuLinear(weight, None, torch.float16)(x.half(), "gelu")
+assert torch.equal(y, torch.nn.functional.gelu(x.half() @ weight.T))
+print(json.dumps({"served": {**calls, "linear": "torch"}, "sentences": sentences}))
