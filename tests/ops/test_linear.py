@@ -27,8 +27,8 @@ LIBRARIES = [compiled.NativeLinear, compiled.OneDnnLinear, FallbackLinear]
 
 
 def assert_right(packed, ours, x, weight, bias, activation, residual):
-    """Within the budget; fp32 of a oneDNN that this processor does not use, which may sum a row in a single chain, within
-    the bound of such a sum (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2)."""
+    """Within the budget. A oneDNN that this processor does not use in fp32 may sum a row in a single chain: within the
+    bound of such a sum (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2)."""
     exact = exact_of(x, weight, bias, activation, residual)
     chosen = compiled.library(x.dtype)
     if x.dtype is torch.float32 and type(packed) is compiled.OneDnnLinear and chosen is not compiled.OneDnnLinear:
