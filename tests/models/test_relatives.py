@@ -48,12 +48,25 @@ OWN = {
         "wide-embedding": {"embedding_size": 96},
     },
     "distilbert": {"sinusoidal": {"sinusoidal_pos_embds": True}},
+    "albert": {
+        "gelu": {"hidden_act": "gelu"},
+        "equal-projection": {"embedding_size": 64},
+        "wide-embedding": {"embedding_size": 96},
+        "two-groups": {"num_hidden_layers": 4, "num_hidden_groups": 2},
+        "uneven-groups": {"num_hidden_layers": 5, "num_hidden_groups": 3},
+        "inner-layers": {"num_hidden_layers": 2, "inner_group_num": 3},
+        "last-alone": {"num_hidden_layers": 3, "num_hidden_groups": 2},
+    },
+    "ernie": {
+        "no-tasks": {"use_task_id": False},
+        "five-tasks": {"task_type_vocab_size": 5},
+    },
+    "megatron-bert": {},
+    "roberta-prelayernorm": {"pad-3": {"pad_token_id": 3}},
+    "xlm-roberta-xl": {"pad-3": {"pad_token_id": 3}},
 }
-# The twins share RoBERTa's reader, so their own classes are run, and the fields are RoBERTa's to vary.
-VARIED = {
-    family: FIELDS | ({} if family == "distilbert" else NOT_IN_DISTILBERT) | OWN[family]
-    for family in ("roberta", "electra", "distilbert")
-}
+# XLM-RoBERTa and CamemBERT share RoBERTa's reader, so their own classes are run, and the fields are RoBERTa's to vary.
+VARIED = {family: FIELDS | ({} if family == "distilbert" else NOT_IN_DISTILBERT) | own for family, own in OWN.items()}
 FIELD_CASES = [(family, head, name) for family, head in PAIRS for name in VARIED.get(family, ())]
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -176,7 +189,7 @@ def test_what_only_stock_gives_is_stocks_to_the_bit(family, head):
         given,
     ]
     if head != "base":
-        cases.append(inputs | labels_for(head, inputs))
+        cases.append(inputs | labels_for(family, head, inputs))
     for case in cases:
         with s.one_call("stock"), torch.no_grad():
             ours = s.model(**case)

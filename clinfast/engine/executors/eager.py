@@ -27,12 +27,15 @@ class EagerExecutor:
     def all_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
         """[T, H] for all packed tokens."""
         x = self._whole_layers(weights, self._embed(weights, request, batch), batch)
-        return x if weights.last is None else self._layer(weights.last, x, batch)
+        if weights.last is not None:
+            x = self._layer(weights.last, x, batch)
+        return self._final_norm(weights, x)
 
     def first_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
         """[B, H]: one row a note; the last layer works on those rows alone."""
         x = self._whole_layers(weights, self._embed(weights, request, batch), batch)
-        return self.first_token(x, batch) if weights.last is None else self._first_rows(weights.last, x, batch)
+        x = self.first_token(x, batch) if weights.last is None else self._first_rows(weights.last, x, batch)
+        return self._final_norm(weights, x)
 
     def first_token(self, x: Tensor, batch: PackedBatch) -> Tensor:
         """[B, H]: each note's first row; zeros for a note without tokens."""
@@ -57,36 +60,54 @@ class EagerExecutor:
 
     def _layer(self, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
         shape = (x.shape[0], -1, self.spec.num_heads, self.spec.head_dim)
+        h = self._before(layer.attention_norm, x)
         if layer.qkv is not None:
-            q, k, v = layer.qkv(x).view(shape).unbind(1)
+            q, k, v = layer.qkv(h).view(shape).unbind(1)
         else:
             assert layer.query is not None and layer.key_value is not None
-            q, (k, v) = layer.query(x).view(shape)[:, 0], layer.key_value(x).view(shape).unbind(1)
+            q, (k, v) = layer.query(h).view(shape)[:, 0], layer.key_value(h).view(shape).unbind(1)
         context = self.attention(q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.seqused_k, self.spec.scale)
         return self._after_attention(layer, context, x)
 
     def _first_rows(self, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
-        assert layer.query is not None and layer.key_value is not None
         spec = self.spec
-        k, v = layer.key_value(x).view(x.shape[0], 2, spec.num_heads, spec.head_dim).unbind(1)
-        first = self.first_token(x, batch)
-        q = layer.query(first).view(-1, spec.num_heads, spec.head_dim)
+        shape = (-1, spec.num_heads, spec.head_dim)
+        h, first = self._before(layer.attention_norm, x), self.first_token(x, batch)
+        if layer.qkv is not None:  # shared with whole layers, which want all queries
+            qkv = layer.qkv(h)
+            q = self.first_token(qkv, batch).view(-1, 3, *shape[1:])[:, 0]
+            _, k, v = qkv.view(-1, 3, *shape[1:]).unbind(1)
+        else:
+            assert layer.query is not None and layer.key_value is not None
+            k, v = layer.key_value(h).view(-1, 2, *shape[1:]).unbind(1)
+            q = layer.query(self._before(layer.attention_norm, first)).view(shape)
         rows = one_row_a_note(batch.batch, x.device)
         context = self.attention(q, k, v, rows, batch.cu_seqlens, batch.seqused_k, spec.scale)
         return self._after_attention(layer, context, first)
 
     def _after_attention(self, layer: PackedLayer, context: Tensor, x: Tensor) -> Tensor:
         x = layer.attention_output(context.view(x.shape), residual=x)
-        return self._ffn(layer, self.layer_norm(x, None, *layer.attention_norm, self.spec.eps))
+        return self._ffn(layer, self._behind(layer.attention_norm, x))
 
     def _ffn(self, layer: PackedLayer, x: Tensor) -> Tensor:
         rows = x.shape[0]
         if rows <= FFN_ROWS + FFN_ROWS // 2:
-            x = layer.ffn_out(layer.ffn_in(x, self.spec.activation), residual=x)
-            return self.layer_norm(x, None, *layer.output_norm, self.spec.eps)
+            return self._ffn_rows(layer, x)
         out = x.new_empty(x.shape)
         for start in range(0, rows, FFN_ROWS):
-            part = x[start : start + FFN_ROWS]
-            y = layer.ffn_out(layer.ffn_in(part, self.spec.activation), residual=part)
-            out[start : start + FFN_ROWS] = self.layer_norm(y, None, *layer.output_norm, self.spec.eps)
+            out[start : start + FFN_ROWS] = self._ffn_rows(layer, x[start : start + FFN_ROWS])
         return out
+
+    def _ffn_rows(self, layer: PackedLayer, x: Tensor) -> Tensor:
+        inner = layer.ffn_in(self._before(layer.output_norm, x), self.spec.activation)
+        return self._behind(layer.output_norm, layer.ffn_out(inner, residual=x))
+
+    def _before(self, norm: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+        """LayerNorm where it stands before what it belongs to."""
+        return self.layer_norm(x, None, *norm, self.spec.eps) if self.spec.pre_norm else x
+
+    def _behind(self, norm: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+        return x if self.spec.pre_norm else self.layer_norm(x, None, *norm, self.spec.eps)
+
+    def _final_norm(self, weights: PackedWeights, x: Tensor) -> Tensor:
+        return x if weights.final_norm is None else self.layer_norm(x, None, *weights.final_norm, self.spec.eps)
