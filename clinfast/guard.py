@@ -68,6 +68,8 @@ _ADVICE = {
     "output_attentions": "the fast path never forms attention weights",
     "output_hidden_states": "the fast path keeps the last layer only",
     "return_dict": "use the fields of the returned output",
+    "sentence_order_label": "leave it out for inference",
+    "task_type_ids": "the fast path serves task type 0, which stock takes where they are left out",
     "head_mask": "the fast path cannot mask heads",
 }
 

@@ -23,7 +23,10 @@ TOKENIZER_FILES = (
     "tokenizer.model",
 )
 # These count positions from the padding id on, so that the table has that many rows more than a note may have tokens.
-POSITIONS_AFTER_PAD = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet")
+POSITIONS_AFTER_PAD = (
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet",
+)  # fmt: skip
+TWO_TOKEN_TYPES = ("bert", "albert", "ernie", "megatron-bert")  # where the config names no number of them
 # transformers 5 has no limit where a tokenizer names none, and says so with a very large number.
 NO_LIMIT = 10**6
 
@@ -121,7 +124,7 @@ class ModelFolder:
     @property
     def inputs(self) -> tuple[str, ...]:
         """The arguments that its forward takes."""
-        types = self._number("type_vocab_size", default=2 if self.config.get("model_type") == "bert" else 0)
+        types = self._number("type_vocab_size", default=2 if self.config.get("model_type") in TWO_TOKEN_TYPES else 0)
         return ("input_ids", "attention_mask", "token_type_ids") if types else ("input_ids", "attention_mask")
 
     @property

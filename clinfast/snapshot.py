@@ -211,7 +211,7 @@ class Snapshot:
         for d, name, then in zip(self.constant_owners, self.constant_names, self.constants_then, strict=True):
             now = d.get(name)
             if now is not then and now != then:  # a config compares its fields even with itself
-                return Reason(f"{owners[id(d)]}.{name} was changed after optimize()", AGAIN)
+                return Reason(f"{owners.get(id(d), 'config')}.{name} was changed after optimize()", AGAIN)
         for path, d in zip(self.dropout_paths, self.dropouts, strict=True):
             if d["training"]:
                 return Reason(f"{path} is in training mode", "call model.eval() for inference", dirties=True)

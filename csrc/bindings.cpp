@@ -208,11 +208,12 @@ void linear_pack(uintptr_t weight, int64_t stride, int64_t in_features, int64_t 
 
 void encoder(uintptr_t layers, uintptr_t x, uintptr_t workspace, uintptr_t cu_seqlens, uintptr_t seqused_k,
              int64_t num_layers, int64_t tokens, int64_t batch, int64_t num_heads, int64_t head_dim,
-             int64_t intermediate, float scale, float eps, int activation, int dtype, int table, int num_threads) {
+             int64_t intermediate, float scale, float eps, int activation, bool pre_norm, int dtype, int table,
+             int num_threads) {
   const EncoderArgs args{pointer<LayerWeights>(layers), pointer<void>(x), pointer<void>(workspace),
                          pointer<int32_t>(cu_seqlens), pointer<int32_t>(seqused_k), num_layers, tokens, batch,
-                         num_heads, head_dim, intermediate, scale, eps, Activation(activation), DType(dtype),
-                         num_threads};
+                         num_heads, head_dim, intermediate, scale, eps, Activation(activation), pre_norm,
+                         DType(dtype), num_threads};
   py::gil_scoped_release release;
   table_of(table)->encoder(args);
 }

@@ -17,6 +17,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "camembert": ("Camembert", {"pad_token_id": 1, "type_vocab_size": 1}),
     "electra": ("Electra", {"embedding_size": 40}),
     "distilbert": ("DistilBert", {}),
+    "albert": ("Albert", {"embedding_size": 40}),
+    "ernie": ("Ernie", {"use_task_id": True}),
+    "megatron-bert": ("MegatronBert", {}),
+    "roberta-prelayernorm": ("RobertaPreLayerNorm", {"pad_token_id": 1, "type_vocab_size": 1}),
+    "xlm-roberta-xl": ("XLMRobertaXL", {"pad_token_id": 1, "type_vocab_size": 1}),
 }
 HEADS = {
     "base": "Model",
@@ -25,7 +30,18 @@ HEADS = {
     "qa": "ForQuestionAnswering",
     "choice": "ForMultipleChoice",
     "mlm": "ForMaskedLM",
+    "nsp": "ForNextSentencePrediction",
     "pretraining": "ForPreTraining",
+}
+# Heads that not every family has; ELECTRA's pretraining is about tokens alone.
+ONLY = {
+    "nsp": ("ernie", "megatron-bert"),
+    "pretraining": ("electra", "albert", "ernie", "megatron-bert"),
+}
+SENTENCE_LABELS = {
+    "albert": "sentence_order_label",
+    "ernie": "next_sentence_label",
+    "megatron-bert": "next_sentence_label",
 }
 COMMON = {
     "vocab_size": VOCAB,
@@ -42,13 +58,13 @@ DISTILBERT_NAMES = {
     "intermediate_size": "hidden_dim",
     "hidden_act": "activation",
 }
-COUNTS_POSITIONS = ("roberta", "xlm-roberta", "camembert")
+COUNTS_POSITIONS = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl")
 # Every pair of family and head that transformers has, bert aside.
-PAIRS = [(family, head) for family in FAMILIES for head in HEADS if head != "pretraining" or family == "electra"]
+PAIRS = [(family, head) for family in FAMILIES for head in HEADS if family in ONLY.get(head, FAMILIES)]
 
 
 def reads_first_token(family: str, head: str) -> bool:
-    return head in ("sequence", "choice")
+    return head in ("sequence", "choice", "nsp") or (head == "pretraining" and family in SENTENCE_LABELS)
 
 
 def model_class(family: str, head: str) -> Any:
@@ -86,9 +102,12 @@ def shaped(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.view(-1, 2, value.shape[-1]) for name, value in inputs.items()}
 
 
-def labels_for(head: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def labels_for(family: str, head: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     batch, seqlen = inputs["input_ids"].shape[0], inputs["input_ids"].shape[-1]
     if head == "qa":
         return {"start_positions": torch.zeros(batch).long(), "end_positions": torch.ones(batch).long()}
     per_token = head in ("token", "mlm", "pretraining")
-    return {"labels": torch.ones((batch, seqlen) if per_token else (batch,), dtype=torch.long)}
+    found = {"labels": torch.ones((batch, seqlen) if per_token else (batch,), dtype=torch.long)}
+    if head == "pretraining" and family in SENTENCE_LABELS:
+        found[SENTENCE_LABELS[family]] = torch.ones(batch, dtype=torch.long)
+    return found

@@ -41,6 +41,15 @@ RANDOM = {
         {"embedding_size": 768, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
     ),
     "distilbert-base": Random("DistilBertModel", "DistilBertConfig"),
+    "albert-base": Random(
+        "AlbertModel",
+        "AlbertConfig",
+        {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+    ),
+    # BioMegatron's and GatorTron-base's shape.
+    "megatron-bert-345m": Random(
+        "MegatronBertModel", "MegatronBertConfig", {"hidden_act": "gelu_new", "max_position_embeddings": 512}
+    ),
     "distilbert-qa": Random("DistilBertForQuestionAnswering", "DistilBertConfig"),
 }
 
@@ -101,6 +110,8 @@ MODELS = {
     "camembert-base": RELATIVE,
     "electra-base": RELATIVE,
     "distilbert-base": RELATIVE,
+    "albert-base": Timed(("fp32",), tuple(CELLS)),
+    "megatron-bert-345m": Timed(("fp32",), tuple(CELLS)),
 }
 
 

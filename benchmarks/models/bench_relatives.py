@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.harness.pytest_benchmark import open_race, race_cell, worker_clock
 from benchmarks.harness.sources import MODELS
+from clinfast.bench.cells import CELLS
 from clinfast.bench.race import Race
 
 pytestmark = pytest.mark.benchmark(timer=worker_clock)
@@ -26,7 +27,7 @@ def race(request: pytest.FixtureRequest, race_options: Any) -> Iterator[Race]:
     yield from open_race(request, race_options)
 
 
-@pytest.mark.parametrize("cell", ["1x384", "ragged32"])
+@pytest.mark.parametrize("cell", CELLS)
 def bench_relatives(benchmark: Any, race: Race, cell: str, race_options: Any) -> None:
     if cell not in MODELS[race.source.name].cells:
         pytest.skip(f"{race.source.name} is not timed at {cell}")

@@ -63,8 +63,8 @@ def embedding(
     word: Tensor,
     position: Tensor,
     token_type: Tensor | None,
-    weight: Tensor,
-    shift: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
     eps: float,
     position_offset: int,
     dtype: torch.dtype,
@@ -79,6 +79,8 @@ def embedding(
     else:
         positions = position_ids.reshape(-1)[at].long()
     total += functional.embedding(positions, position)
+    if weight is None or shift is None:
+        return total.to(dtype)
     return functional.layer_norm(total, total.shape[-1:], weight, shift, eps).to(dtype)
 
 

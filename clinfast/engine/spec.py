@@ -28,8 +28,14 @@ class EncoderSpec:
         position_offset: the smallest position of a real token.
         position_padding_idx: None where a token's position is its column + `position_offset`; else positions are
             counted as RoBERTa does (`ops.packing.position_ids`) over ids that are not this one.
-        embedding_size: width of the embedding tables; another than `hidden_size` means a linear after them. 0 is
-            `hidden_size`.
+        embedding_size: width of the embedding tables; 0 is `hidden_size`.
+        projects_embedding: whether a linear follows the embedding; None is where the two widths differ.
+        embedding_norm: whether the embedding ends in a LayerNorm.
+        pre_norm: each layer's LayerNorms stand before attention and FFN, inside the residuals, and one more, named
+            `final_norm`, after the last layer; else they stand behind the residuals.
+        layer_weights: for each layer the number of the weights that it uses, from 0 on, where layers share them; () is
+            a set for each layer.
+        task_type_vocab_size: rows of a table whose first is added to every token's embedding; 0 where there is none.
     """
 
     family: str
@@ -47,9 +53,26 @@ class EncoderSpec:
     position_offset: int = 0
     position_padding_idx: int | None = None
     embedding_size: int = 0
+    projects_embedding: bool | None = None
+    embedding_norm: bool = True
+    pre_norm: bool = False
+    layer_weights: tuple[int, ...] = ()
+    task_type_vocab_size: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "embedding_size", self.embedding_size or self.hidden_size)
+        if self.projects_embedding is None:
+            object.__setattr__(self, "projects_embedding", self.embedding_size != self.hidden_size)
+        elif not self.projects_embedding and self.embedding_size != self.hidden_size:
+            raise ValueError(
+                f"embedding_size is {self.embedding_size} and hidden_size {self.hidden_size}; a linear must stand "
+                "between them"
+            )
+        object.__setattr__(self, "layer_weights", tuple(self.layer_weights) or tuple(range(self.num_layers)))
+        if len(self.layer_weights) != self.num_layers or set(self.layer_weights) != set(range(self.num_weights)):
+            raise ValueError(
+                f"layer_weights is {self.layer_weights}; {self.num_layers} numbers are needed, and none left out"
+            )
         if self.num_heads * self.head_dim != self.hidden_size:
             raise ValueError(
                 f"num_heads x head_dim is {self.num_heads} x {self.head_dim}, which must equal "
@@ -64,20 +87,26 @@ class EncoderSpec:
         return self.max_positions - self.position_offset
 
     @property
-    def projects_embedding(self) -> bool:
-        return self.embedding_size != self.hidden_size
+    def num_weights(self) -> int:
+        """Sets of layer weights; fewer than layers where layers share."""
+        return max(self.layer_weights, default=-1) + 1
 
     def parameter_names(self) -> tuple[str, ...]:
         """Canonical names of the encoder's weights, in the order in which they are passed around."""
         names = ["embedding.word.weight", "embedding.position.weight"]
         if self.type_vocab_size:
             names.append("embedding.token_type.weight")
-        names += ["embedding.norm.weight", "embedding.norm.bias"]
+        if self.task_type_vocab_size:
+            names.append("embedding.task_type.weight")
+        if self.embedding_norm:
+            names += ["embedding.norm.weight", "embedding.norm.bias"]
         if self.projects_embedding:
             names += ["embedding.projection.weight", "embedding.projection.bias"]
-        for i in range(self.num_layers):
+        for i in range(self.num_weights):
             for stem in LAYER_LINEARS + LAYER_NORMS:
                 names += [f"layers.{i}.{stem}.weight", f"layers.{i}.{stem}.bias"]
+        if self.pre_norm:
+            names += ["final_norm.weight", "final_norm.bias"]
         return tuple(names)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -86,6 +115,7 @@ class EncoderSpec:
         linears = dict.fromkeys(LAYER_LINEARS, (hidden, hidden))
         linears |= {"ffn_in": (inner, hidden), "ffn_out": (hidden, inner), "projection": (hidden, width)}
         tables = {"word": self.vocab_size, "position": self.max_positions, "token_type": self.type_vocab_size}
+        tables["task_type"] = self.task_type_vocab_size
         shapes: dict[str, tuple[int, ...]] = {}
         for name in self.parameter_names():
             *_, stem, kind = name.split(".")
@@ -213,8 +243,8 @@ class Match(NamedTuple):
 
     `parameters` has exactly the names of `encoder.parameter_names() + head.parameter_names()`. `build_output` turns an
     `EncoderOutput` and its `Request` into the stock output class; `per_token` names the fields of it that are
-    [B, S, ...]. `constants` are attributes of live submodules that are part of the arithmetic, such as
-    `LayerNorm.eps`: the guard reads them again at every call.
+    [B, S, ...]. `constants` are attributes of live submodules and configs that are part of the arithmetic, such
+    as `LayerNorm.eps`: the guard reads them again at every call.
     """
 
     encoder: EncoderSpec
@@ -222,7 +252,7 @@ class Match(NamedTuple):
     parameters: dict[str, ParameterRef]
     build_output: Any
     per_token: tuple[str, ...] = ()
-    constants: tuple[tuple[nn.Module, str], ...] = ()
+    constants: tuple[tuple[Any, str], ...] = ()
 
 
 class Request(NamedTuple):

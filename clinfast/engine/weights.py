@@ -20,7 +20,8 @@ SAMPLES_PER_TENSOR = 4
 
 @dataclasses.dataclass(frozen=True)
 class PackedLayer:
-    """`qkv` makes [T, 3H] at once; where only first tokens are asked for, `query` and `key_value` come apart."""
+    """`qkv` makes [T, 3H] at once; where only first tokens are asked for, `query` and `key_value` come apart, unless
+    other layers share the weights."""
 
     qkv: PackedLinear | None
     query: PackedLinear | None
@@ -41,17 +42,18 @@ class PackedDense(NamedTuple):
 class PackedWeights:
     """Everything that a forward needs, laid out for the ops.
 
-    `layers` are the whole ones; `last` is the last one where only first tokens are asked of it. `fused` runs `layers`
-    in one call, None where the backend cannot. `nbytes` counts what was copied.
+    `layers` are the whole ones, the same object where layers share; `last` is the last one where only first tokens are
+    asked of it. `fused` runs `layers` in one call, None where the backend cannot. `nbytes` counts what was copied.
     """
 
     word: Tensor
     position: Tensor
     token_type: Tensor | None
-    embedding_norm: tuple[Tensor, Tensor]
+    embedding_norm: tuple[Tensor, Tensor] | tuple[None, None]
     embedding_projection: PackedLinear | None
     layers: tuple[PackedLayer, ...]
     last: PackedLayer | None
+    final_norm: tuple[Tensor, Tensor] | None
     fused: Any
     branches: tuple[tuple[PackedDense, ...], ...]
     dtype: torch.dtype
@@ -59,7 +61,8 @@ class PackedWeights:
 
     def linears(self) -> list[PackedLinear]:
         found = [self.embedding_projection, *(dense.linear for branch in self.branches for dense in branch)]
-        for layer in self.layers if self.last is None else (*self.layers, self.last):
+        layers = self.layers if self.last is None else (*self.layers, self.last)
+        for layer in {id(layer): layer for layer in layers}.values():
             found += [layer.qkv, layer.query, layer.key_value, layer.attention_output, layer.ffn_in, layer.ffn_out]
         return [linear for linear in found if linear is not None]
 
@@ -96,32 +99,47 @@ def pack_weights(
         copied.append(copy.nbytes)
         return copy
 
-    layers = []
-    for i in range(spec.num_layers):
+    def token_types() -> Tensor | None:
+        if not spec.type_vocab_size:
+            return None
+        types = table("embedding.token_type")
+        if not spec.task_type_vocab_size:
+            return types
+        # Every token is of task type 0: its row joins the few rows of the token types.
+        types = types + tensors["embedding.task_type.weight"].detach()[0].to(types.dtype)
+        copied.append(types.nbytes)
+        return types
+
+    def layer(i: int, *, split: bool) -> PackedLayer:
         at = f"layers.{i}."
-        split = i == spec.num_layers - 1 and head.only_first_tokens
         q, k, v = (at + name for name in ("query", "key", "value"))
-        layers.append(
-            PackedLayer(
-                qkv=None if split else linear(q, k, v),
-                query=linear(q) if split else None,
-                key_value=linear(k, v) if split else None,
-                attention_output=linear(at + "attention_output"),
-                attention_norm=norm(at + "attention_norm"),
-                ffn_in=linear(at + "ffn_in"),
-                ffn_out=linear(at + "ffn_out"),
-                output_norm=norm(at + "output_norm"),
-            )
+        return PackedLayer(
+            qkv=None if split else linear(q, k, v),
+            query=linear(q) if split else None,
+            key_value=linear(k, v) if split else None,
+            attention_output=linear(at + "attention_output"),
+            attention_norm=norm(at + "attention_norm"),
+            ffn_in=linear(at + "ffn_in"),
+            ffn_out=linear(at + "ffn_out"),
+            output_norm=norm(at + "output_norm"),
         )
-    whole = [layer for layer in layers if layer.qkv is not None]
+
+    prunes = head.only_first_tokens
+    sets = [
+        layer(i, split=prunes and i == spec.layer_weights[-1] and spec.layer_weights.count(i) == 1)
+        for i in range(spec.num_weights)
+    ]
+    layers = [sets[i] for i in spec.layer_weights]
+    whole = layers[:-1] if prunes else layers
     return PackedWeights(
         word=table("embedding.word"),
         position=table("embedding.position"),
-        token_type=table("embedding.token_type") if spec.type_vocab_size else None,
-        embedding_norm=norm("embedding.norm"),
+        token_type=token_types(),
+        embedding_norm=norm("embedding.norm") if spec.embedding_norm else (None, None),
         embedding_projection=linear("embedding.projection") if spec.projects_embedding else None,
         layers=tuple(whole),
-        last=layers[-1] if len(whole) < len(layers) else None,
+        last=layers[-1] if prunes else None,
+        final_norm=norm("final_norm") if spec.pre_norm else None,
         fused=_fuse(whole, backend, tensors["embedding.word.weight"].device),
         branches=tuple(
             tuple(

@@ -22,6 +22,11 @@ FAMILIES = {
     "transformers.models.camembert.modeling_camembert": "clinfast.models.roberta",
     "transformers.models.electra.modeling_electra": "clinfast.models.electra",
     "transformers.models.distilbert.modeling_distilbert": "clinfast.models.distilbert",
+    "transformers.models.albert.modeling_albert": "clinfast.models.albert",
+    "transformers.models.ernie.modeling_ernie": "clinfast.models.ernie",
+    "transformers.models.megatron_bert.modeling_megatron_bert": "clinfast.models.megatron_bert",
+    "transformers.models.roberta_prelayernorm.modeling_roberta_prelayernorm": "clinfast.models.roberta",
+    "transformers.models.xlm_roberta_xl.modeling_xlm_roberta_xl": "clinfast.models.roberta",
 }
 
 

@@ -7,7 +7,7 @@ head pruning, truncation or an edit. Module names are the same from transformers
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -18,10 +18,30 @@ from clinfast.models.reader import Family, Reader
 SELF_ATTENTION = ("SelfAttention", "SdpaSelfAttention")
 
 
+class Norms(NamedTuple):
+    """Where a family has its LayerNorms.
+
+    Args:
+        attention, output: paths below a layer.
+        embedding: whether the embeddings end in one.
+        final: path below the model of the one after the last layer; a family that has it is pre-norm, and its layers'
+            LayerNorms stand before attention and FFN.
+    """
+
+    attention: str = "attention.output.LayerNorm"
+    output: str = "output.LayerNorm"
+    embedding: bool = True
+    final: str = ""
+
+
+BEHIND = Norms()
+
+
 class BertReader(Reader):
     """Walks a base model with BERT's module names; refuses what it does not know.
 
     Args:
+        norms: where the LayerNorms are.
         counts_positions: positions are the running count of ids other than the pad id, from the pad id + 1 on.
         projects_embedding: a linear stands between embeddings and layers where their widths differ.
     """
@@ -34,9 +54,10 @@ class BertReader(Reader):
         *,
         counts_positions: bool = False,
         projects_embedding: bool = False,
+        norms: Norms = BEHIND,
     ) -> None:
         super().__init__(prefix)
-        self.family = family
+        self.family, self.norms = family, norms
         for name in ("is_decoder", "add_cross_attention"):
             checks.field(model.config, self.at("config"), name, (False,))
         family.check(model.embeddings, self.at("embeddings"), "Embeddings")
@@ -52,7 +73,11 @@ class BertReader(Reader):
             self.linear("embedding.projection", project, self.at("embeddings_project"), width, hidden)
             if hidden == width:
                 raise Unsupported(f"{self.at('embeddings_project')} does not change the size {width}")
-        layers = [self._layer(layer, i, hidden, tables["eps"]) for i, layer in enumerate(model.encoder.layer)]
+        eps = tables["eps"]
+        if norms.final:
+            path = self.at(norms.final)
+            tables["eps"] = eps = self.norm("final_norm", model.get_submodule(norms.final), path, hidden, eps)
+        layers = [self._layer(layer, i, hidden, eps) for i, layer in enumerate(model.encoder.layer)]
         if counts_positions:
             padding_idx = checks.padding_idx(model.embeddings, self.at("embeddings"))
             self.constant(model.embeddings, "padding_idx")
@@ -61,6 +86,8 @@ class BertReader(Reader):
             family=family.name,
             num_layers=len(layers),
             hidden_size=hidden,
+            embedding_norm=norms.embedding,
+            pre_norm=bool(norms.final),
             **tables,
             **self.same_layers(layers, self.at("encoder.layer")),
         )
@@ -75,7 +102,9 @@ class BertReader(Reader):
             attribute = f"{name}_embeddings"
             table = self.table(f"embedding.{name}", getattr(embeddings, attribute), f"{path}.{attribute}", width)
             rows[field] = table.shape[0]
-        eps = self.norm("embedding.norm", embeddings.LayerNorm, f"{path}.LayerNorm", width)
+        eps = None
+        if self.norms.embedding:
+            eps = self.norm("embedding.norm", embeddings.LayerNorm, f"{path}.LayerNorm", width)
         self.default_ids(embeddings, path, rows["max_positions"])
         return {"embedding_size": width, "eps": eps, **rows}
 
@@ -96,12 +125,11 @@ class BertReader(Reader):
             ("ffn_out", layer.output.dense, "output.dense", (inner, hidden)),
         ):
             self.linear(f"{to}.{canonical}", module, f"{path}.{name}", *sizes)
-        for canonical, owner, name in (
-            ("attention_norm", layer.attention.output, "attention.output"),
-            ("output_norm", layer.output, "output"),
-        ):
-            self.norm(f"{to}.{canonical}", owner.LayerNorm, f"{path}.{name}.LayerNorm", hidden, eps)
-            checks.exact(owner.dropout, f"{path}.{name}.dropout", nn.Dropout)
+        for canonical, name in (("attention_norm", self.norms.attention), ("output_norm", self.norms.output)):
+            self.norm(f"{to}.{canonical}", layer.get_submodule(name), f"{path}.{name}", hidden, eps)
+        for owner, name in ((layer.attention.output, "attention.output"), (layer.output, "output")):
+            if "dropout" in owner._modules:
+                checks.exact(owner.dropout, f"{path}.{name}.dropout", nn.Dropout)
         act = self.activation(layer.intermediate, f"{path}.intermediate", "intermediate_act_fn")
         return {"intermediate_size": inner, "activation": act, **attention}
 
@@ -117,13 +145,6 @@ class BertReader(Reader):
         return self.heads(attention, path, attention.num_attention_heads, attention.attention_head_size, hidden)
 
 
-def pooler(reader: Reader, model: Any, family: Family) -> Dense:
-    path, module = reader.at("pooler"), model.pooler
-    family.check(module, path, "Pooler")
-    checks.exact(module.activation, f"{path}.activation", nn.Tanh)
-    return reader.dense("pooler", module.dense, f"{path}.dense", reader.spec.hidden_size, activation="tanh")
-
-
 def lm_transform(reader: Reader, transform: Any, path: str, act: HeadActivation, norm: str) -> Dense:
     """The dense layer, activation and LayerNorm before a decoder."""
     behind = (f"{path}.{norm}", getattr(transform, norm))
@@ -134,13 +155,13 @@ def lm_transform(reader: Reader, transform: Any, path: str, act: HeadActivation,
 
 def base(model: Any, family: Family) -> Match:
     reader = family.read(model, "", family)
-    pooled = None if getattr(model, "pooler", None) is None else pooler(reader, model, family)
+    pooled = None if getattr(model, "pooler", None) is None else reader.pooler(model, family)
     return reader.match(heads.base_model(pooled))
 
 
 def sequence_classification(model: Any, family: Family) -> Match:
     reader = family.base_of(model)
-    pooled = pooler(reader, getattr(model, family.base), family)
+    pooled = reader.pooler(getattr(model, family.base), family)
     checks.exact(model.dropout, "dropout", nn.Dropout)
     classifier = reader.dense("classifier", model.classifier, "classifier", reader.spec.hidden_size)
     return reader.match(heads.sequence_classifier(pooled, classifier))
@@ -164,7 +185,7 @@ def question_answering(model: Any, family: Family) -> Match:
 
 def multiple_choice(model: Any, family: Family) -> Match:
     reader = family.base_of(model)
-    pooled = pooler(reader, getattr(model, family.base), family)
+    pooled = reader.pooler(getattr(model, family.base), family)
     checks.exact(model.dropout, "dropout", nn.Dropout)
     scorer = reader.dense("classifier", model.classifier, "classifier", reader.spec.hidden_size)
     return reader.match(heads.multiple_choice(pooled, one_score(scorer, "classifier")))
@@ -192,7 +213,7 @@ def masked_lm(model: Any, family: Family) -> Match:
 
 
 def _relationship(reader: Reader, model: Any, family: Family) -> tuple[Dense, Dense]:
-    pooled = pooler(reader, getattr(model, family.base), family)
+    pooled = reader.pooler(getattr(model, family.base), family)
     path = "cls.seq_relationship"
     return pooled, reader.dense("seq_relationship", model.cls.seq_relationship, path, reader.spec.hidden_size)
 
@@ -207,7 +228,8 @@ def pretraining(model: Any, family: Family) -> Match:
     reader = family.base_of(model)
     family.check(model.cls, "cls", "PreTrainingHeads")
     lm = _lm_layers(reader, model.cls.predictions, family)
-    return reader.match(heads.bert_pretraining(family.home, lm, _relationship(reader, model, family)))
+    output = f"{family.prefix}ForPreTrainingOutput"
+    return reader.match(heads.pretraining(family.home, output, lm, _relationship(reader, model, family)))
 
 
 def classes(family: Family, **recognisers: Callable[[Any, Family], Match]) -> dict[str, Callable[[Any], Match]]:
@@ -219,14 +241,14 @@ def _of(family: Family, recognise: Callable[[Any, Family], Match]) -> Callable[[
     return lambda model: recognise(model, family)
 
 
-CLASSES = classes(
-    Family("bert", "transformers.models.bert.modeling_bert", "Bert", "bert", BertReader),
-    Model=base,
-    ForSequenceClassification=sequence_classification,
-    ForTokenClassification=token_classification,
-    ForQuestionAnswering=question_answering,
-    ForMultipleChoice=multiple_choice,
-    ForMaskedLM=masked_lm,
-    ForNextSentencePrediction=next_sentence_prediction,
-    ForPreTraining=pretraining,
-)
+HEADS = {
+    "Model": base,
+    "ForSequenceClassification": sequence_classification,
+    "ForTokenClassification": token_classification,
+    "ForQuestionAnswering": question_answering,
+    "ForMultipleChoice": multiple_choice,
+    "ForMaskedLM": masked_lm,
+    "ForNextSentencePrediction": next_sentence_prediction,
+    "ForPreTraining": pretraining,
+}
+CLASSES = classes(Family("bert", "transformers.models.bert.modeling_bert", "Bert", "bert", BertReader), **HEADS)

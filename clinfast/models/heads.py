@@ -97,15 +97,17 @@ def multiple_choice(*layers: Dense) -> Head:
     return Head(HeadSpec("multiple_choice", branches=(Branch("first_token", layers),), choices=True), build)
 
 
-def bert_pretraining(home: str, lm: tuple[Dense, ...], relationship: tuple[Dense, ...]) -> Head:
-    """`prediction_logits` [B, S, V] and `seq_relationship_logits` [B, 2]."""
-    make = output_class("BertForPreTrainingOutput", home)
+def pretraining(
+    home: str, output: str, lm: tuple[Dense, ...], sentences: tuple[Dense, ...], field: str = "seq_relationship_logits"
+) -> Head:
+    """`prediction_logits` [B, S, V], and [B, 2] of a pair of sentences in `field`."""
+    make = output_class(output, home)
 
     def build(output: EncoderOutput, _: Request) -> Any:
         prediction, relation = output.branches
-        return make(prediction_logits=prediction, seq_relationship_logits=relation)
+        return make(**{"prediction_logits": prediction, field: relation})
 
-    branches = (Branch("per_token", lm), Branch("first_token", relationship))
+    branches = (Branch("per_token", lm), Branch("first_token", sentences))
     return Head(HeadSpec("pretraining", branches=branches), build, ("prediction_logits",))
 
 

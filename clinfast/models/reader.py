@@ -49,17 +49,24 @@ class Reader:
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
         self.parameters: dict[str, ParameterRef] = {}
-        self.constants: list[tuple[nn.Module, str]] = []
+        self.constants: list[tuple[Any, str]] = []
 
     def at(self, path: str) -> str:
         return f"{self.prefix}{path}"
 
+    def pooler(self, model: Any, family: Family) -> Dense:
+        """The base model's pooler, under BERT's names."""
+        path, module = self.at("pooler"), model.pooler
+        family.check(module, path, "Pooler")
+        checks.exact(module.activation, f"{path}.activation", nn.Tanh)
+        return self.dense("pooler", module.dense, f"{path}.dense", self.spec.hidden_size, activation="tanh")
+
     def match(self, head: Head) -> Match:
         return Match(self.spec, head.spec, self.parameters, head.build, head.per_token, tuple(self.constants))
 
-    def constant(self, module: nn.Module, *names: str) -> None:
-        """Attributes that the guard compares at every call; those that submodules hold are compared anyway."""
-        self.constants += [(module, name) for name in names if name in module.__dict__]
+    def constant(self, owner: Any, *names: str) -> None:
+        """Attributes of a module or config that the guard compares at every call."""
+        self.constants += [(owner, name) for name in names if name in owner.__dict__]
 
     def linear(self, canonical: str, module: Any, path: str, inputs: int, outputs: int) -> None:
         self._add(canonical, checks.linear(module, path, inputs, outputs))

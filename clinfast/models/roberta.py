@@ -1,4 +1,4 @@
-"""RoBERTa and its twins XLM-RoBERTa and CamemBERT: BERT's layers, counted positions, heads of their own."""
+"""RoBERTa and its twins, two of them pre-norm: BERT's layers, counted positions, heads of their own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from clinfast.models import bert, checks, heads
 from clinfast.models.reader import Family
 
 read = functools.partial(bert.BertReader, counts_positions=True)
+read_prelayernorm = functools.partial(
+    read, norms=bert.Norms("attention.LayerNorm", "intermediate.LayerNorm", final="LayerNorm")
+)
+read_xl = functools.partial(
+    read, norms=bert.Norms("attention.self_attn_layer_norm", "LayerNorm", embedding=False, final="encoder.LayerNorm")
+)
 
 
 def sequence_classification(model: Any, family: Family) -> Match:
@@ -39,6 +45,14 @@ CLASSES = {
             "xlm-roberta", "transformers.models.xlm_roberta.modeling_xlm_roberta", "XLMRoberta", "roberta", read
         ),
         Family("camembert", "transformers.models.camembert.modeling_camembert", "Camembert", "roberta", read),
+        Family(
+            "roberta-prelayernorm", "transformers.models.roberta_prelayernorm.modeling_roberta_prelayernorm",
+            "RobertaPreLayerNorm", "roberta_prelayernorm", read_prelayernorm,
+        ),
+        Family(
+            "xlm-roberta-xl", "transformers.models.xlm_roberta_xl.modeling_xlm_roberta_xl", "XLMRobertaXL", "roberta",
+            read_xl,
+        ),
     )
     for name, recognise in bert.classes(
         family,

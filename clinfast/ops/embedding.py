@@ -1,4 +1,4 @@
-"""`embedding`: the sum of word, token type and position rows, then LayerNorm, for packed tokens."""
+"""`embedding`: the sum of word, token type and position rows, then LayerNorm or not, for packed tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def reference(
     word: Tensor,
     position: Tensor,
     token_type: Tensor | None,
-    weight: Tensor,
-    shift: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
     eps: float,
     position_offset: int,
     dtype: torch.dtype,
@@ -32,6 +32,8 @@ def reference(
     else:
         positions = position_ids.reshape(-1)[at].long()
     total = total + position[positions]
+    if weight is None or shift is None:
+        return total.to(dtype)
     normalised = torch.nn.functional.layer_norm(
         total, total.shape[-1:], weight.to(total.dtype), shift.to(total.dtype), eps
     )
@@ -46,8 +48,8 @@ def fake(
     word: Tensor,
     position: Tensor,
     token_type: Tensor | None,
-    weight: Tensor,
-    shift: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
     eps: float,
     position_offset: int,
     dtype: torch.dtype,
@@ -59,7 +61,7 @@ _run = registry.define(
     registry.Op(
         "embedding",
         "(Tensor input_ids, Tensor? token_type_ids, Tensor indices, Tensor? position_ids, Tensor word, "
-        "Tensor position, Tensor? token_type, Tensor weight, Tensor shift, float eps, int position_offset, "
+        "Tensor position, Tensor? token_type, Tensor? weight, Tensor? shift, float eps, int position_offset, "
         "ScalarType dtype) -> Tensor",
         reference,
         fake,
@@ -75,8 +77,8 @@ def embedding(
     word: Tensor,
     position: Tensor,
     token_type: Tensor | None,
-    weight: Tensor,
-    shift: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
     eps: float,
     position_offset: int,
     dtype: torch.dtype,
@@ -93,7 +95,7 @@ def embedding(
         word: [vocab_size, H], fp32 or bf16, last dimension contiguous, as the other tables.
         position: [max_positions, H].
         token_type: [type_vocab_size, H], or None where the family has no token types.
-        weight, shift: [H], fp32.
+        weight, shift: [H], fp32; both None where no LayerNorm follows the sum.
         eps: added to the variance.
         position_offset: added to the column; not used with `position_ids`.
         dtype: of the result, fp32 or bf16.

@@ -1,4 +1,4 @@
-// Word + token type + position rows, then LayerNorm, in one pass: the sum never goes to memory.
+// Word + token type + position rows, then LayerNorm where there is one, in one pass: the sum never goes to memory.
 #include "layer_norm.h"
 
 namespace clinfast {
@@ -37,12 +37,14 @@ template <typename T, typename O> static int64_t embed(const EmbeddingArgs &a) {
     const T *word = words + id * a.word_stride;
     const T *at = positions + position * a.position_stride;
     const T *kind = types ? types + type * a.token_type_stride : nullptr;
-    normalise_row(
-        a.hidden, a.eps, a.weight, a.shift, out + t * a.out_stride, [&](int64_t i, int n) {
-          Vec sum = load(word + i, n);
-          if (kind) sum = sum + load(kind + i, n);
-          return sum + load(at + i, n);
-        });
+    auto sum_at = [&](int64_t i, int n) {
+      Vec sum = load(word + i, n);
+      if (kind) sum = sum + load(kind + i, n);
+      return sum + load(at + i, n);
+    };
+    O *row_out = out + t * a.out_stride;
+    if (a.weight) normalise_row(a.hidden, a.eps, a.weight, a.shift, row_out, sum_at);
+    else for_lanes(a.hidden, [&](int64_t i, int n) { store(sum_at(i, n), row_out + i, n); });
   }
   return bad < a.tokens ? bad : -1;
 }

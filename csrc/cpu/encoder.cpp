@@ -1,4 +1,4 @@
-// The layers of a post-LayerNorm encoder in one call: the same kernels in the same order as op by op, without the way
+// The layers of an encoder in one call: the same kernels in the same order as op by op, without the way
 // back to the caller between them and without fresh memory for each result.
 #include "vec.h"
 
@@ -38,25 +38,28 @@ void encoder(const EncoderArgs &a) {
     linear({in, w.packed, w.bias, residual, out, nullptr, inputs, residual ? outputs : 0, outputs, rows, inputs, outputs,
             activation, a.dtype, a.num_threads});
   };
-  auto normalise = [&](const NormWeights &w, void *rows, int64_t count) {
-    layer_norm({rows, nullptr, nullptr, w.weight, w.shift, rows, hidden, 0, hidden, count, hidden, a.eps, a.dtype,
+  auto normalise = [&](const NormWeights &w, const void *in, void *out, int64_t rows) {
+    layer_norm({in, nullptr, nullptr, w.weight, w.shift, out, hidden, 0, hidden, rows, hidden, a.eps, a.dtype,
                 a.num_threads});
   };
 
   for (int64_t i = 0; i < a.num_layers; i++) {
     const LayerWeights &layer = a.layers[i];
-    multiply(layer.qkv, x, nullptr, qkv, a.tokens, hidden, 3 * hidden, Activation::none);
+    if (a.pre_norm) normalise(layer.attention_norm, x, y, a.tokens);
+    multiply(layer.qkv, a.pre_norm ? y : x, nullptr, qkv, a.tokens, hidden, 3 * hidden, Activation::none);
     attention({qkv, qkv + row, qkv + 2 * row, context, 3 * hidden, a.head_dim, 3 * hidden, a.head_dim, 3 * hidden,
                a.head_dim, hidden, a.head_dim, a.cu_seqlens, a.cu_seqlens, a.seqused_k, a.batch, a.num_heads,
                a.head_dim, a.scale, a.dtype, a.num_threads});
     multiply(layer.attention_output, context, x, y, a.tokens, hidden, hidden, Activation::none);
-    normalise(layer.attention_norm, y, a.tokens);
+    if (!a.pre_norm) normalise(layer.attention_norm, y, y, a.tokens);
+    // From here on y is the residual, and the rows of x are free.
     for (int64_t start = 0; start < a.tokens; start += kSliceRows) {
       const int64_t rows = slice_rows(a.tokens - start);
       char *in = y + start * row, *out = x + start * row;
-      multiply(layer.ffn_in, in, nullptr, inner, rows, hidden, a.intermediate, a.activation);
+      if (a.pre_norm) normalise(layer.output_norm, in, out, rows);
+      multiply(layer.ffn_in, a.pre_norm ? out : in, nullptr, inner, rows, hidden, a.intermediate, a.activation);
       multiply(layer.ffn_out, inner, in, out, rows, a.intermediate, hidden, Activation::none);
-      normalise(layer.output_norm, out, rows);
+      if (!a.pre_norm) normalise(layer.output_norm, out, out, rows);
     }
   }
 }

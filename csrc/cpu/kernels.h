@@ -41,7 +41,7 @@ struct LayerNormArgs {
 
 // out[t] = LayerNorm(word[id] + token_type[type] + position[p]) * weight + shift, where the token is indices[t] of the
 // flattened [batch, seqlen] ids and p its position_ids, contiguous; where those are null, column + position_offset.
-// token_type_ids may be null (type 0), token_type as well.
+// token_type_ids may be null (type 0), token_type as well; where weight and shift are null, the sum itself.
 // Returns the first t whose index, id, type or position lies outside, or -1; those rows are left as they were.
 struct EmbeddingArgs {
   const void *input_ids, *token_type_ids;
@@ -156,7 +156,8 @@ struct LayerWeights {
 };
 
 // x [tokens, num_heads * head_dim], contiguous, through `num_layers` layers, in place. `workspace` has
-// encoder_workspace_bytes and starts on a cache line.
+// encoder_workspace_bytes and starts on a cache line. With pre_norm each LayerNorm stands before what it belongs to, inside
+// the residual; else behind the residual.
 struct EncoderArgs {
   const LayerWeights *layers;
   void *x, *workspace;
@@ -164,6 +165,7 @@ struct EncoderArgs {
   int64_t num_layers, tokens, batch, num_heads, head_dim, intermediate;
   float scale, eps;
   Activation activation;
+  int32_t pre_norm;
   DType dtype;
   int32_t num_threads;
 };

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from bert_models import HEADS, ids, make, right_padded, run
+from relatives import make as relative
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import clinfast
@@ -75,6 +76,17 @@ def test_same_bits_as_without_compile(head, options):
             torch.testing.assert_close(out[name], eager[name], rtol=0, atol=1e-5)
         else:
             assert torch.equal(out[name], eager[name])
+
+
+@pytest.mark.parametrize("family", ["albert", "ernie", "megatron-bert", "roberta-prelayernorm"])
+@pytest.mark.parametrize("head", ["base", "sequence"])
+def test_the_op_knows_norms_sharing_and_task_types(family, head):
+    model = clinfast.optimize(relative(family, head, num_hidden_layers=3))
+    eager = run(model, **INPUTS)
+    fast, counter = compile_counted(model)
+    out = run(fast, **INPUTS)
+    assert ops_of(counter)[0] == ["clinfast.encode"] and counter.frame_count == 1
+    assert out.keys() == eager.keys() and all(torch.equal(out[name], eager[name]) for name in out)
 
 
 SHAPES = [(2, 9), (3, 17), (4, 33), (7, 2), (5, 5), (2, 64), (9, 3), (6, 21), (3, 50), (2, 2)]

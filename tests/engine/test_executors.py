@@ -1,8 +1,9 @@
-"""Op by op or all layers in one call: the same bits."""
+"""Op by op or all layers in one call: the same bits, whatever the family's norms and sharing."""
 
 import pytest
 import torch
 from bert_models import assert_equal, ids, make, right_padded, run
+from relatives import make as relative
 
 import clinfast
 from clinfast import patch
@@ -30,11 +31,34 @@ def test_same_bits_at_any_thread_count(head, thread_count):
     compare(clinfast.optimize(make(head, **SIZES["minilm"])))
 
 
-def compare(model):
+FAMILIES = {
+    "pre-norm": ("megatron-bert", {"num_hidden_layers": 3}),
+    "pre-norm after a normed embedding": ("roberta-prelayernorm", {"hidden_act": "gelu_new"}),
+    "shared": ("albert", {"num_hidden_layers": 4}),
+    "shared in groups": ("albert", {"num_hidden_layers": 5, "num_hidden_groups": 3, "inner_group_num": 2}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("head", "padding"), [("base", "remove"), ("base", "keep"), ("sequence", "remove")])
+def test_same_bits_in_other_families(head, padding, family, dtype, one_thread):
+    name, fields = FAMILIES[family]
+    model = relative(name, head, dtype=dtype, max_position_embeddings=80, **fields)
+    compare(clinfast.optimize(model, padding=padding))
+
+
+@pytest.mark.parametrize("family", ["megatron-bert", "albert"])
+def test_more_rows_than_one_slice_of_the_ffn(family, one_thread):
+    model = clinfast.optimize(relative(family, "token", max_position_embeddings=520))
+    compare(model, [512] * 4 + [1])
+
+
+def compare(model, *cases):
     ((_, _, forward),) = patch.find_patched(model)
     encoder = forward.encoder
     assert type(encoder._executor) is NativeExecutor
-    for lengths in ([40, 1, 17, 33], [1], [64] * 3):
+    for lengths in cases or ([40, 1, 17, 33], [1], [64] * 3):
         inputs = {"input_ids": ids(len(lengths), max(lengths)), "attention_mask": right_padded(lengths)}
         before = dict(registry.calls)
         native = run(model, **inputs)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from bert_models import ids, make, right_padded, run
+from relatives import make as relative
 
 import clinfast
 
@@ -83,6 +84,15 @@ def test_other_widths(fields, dtype, thread_count):
 def test_real_widths(size, dtype, thread_count):
     base = make("base", dtype=dtype, num_hidden_layers=1, max_position_embeddings=512, **REAL[size])
     check(clinfast.optimize(base), notes([128, 1, 300, 17]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["albert", "megatron-bert"])
+@pytest.mark.parametrize("head", ["base", "sequence"])
+def test_shared_and_pre_norm_layers_at_real_width(head, family, dtype, thread_count):
+    """The pruned last layer takes its queries from a norm of one row a note, or from queries of all rows."""
+    model = relative(family, head, dtype=dtype, max_position_embeddings=320, **REAL["bert-base"])
+    check(clinfast.optimize(model), notes([128, 1, 300, 17]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,6 +6,7 @@ import multiprocessing
 import pytest
 import torch
 from bert_models import ids, make, randomize, right_padded, run
+from relatives import make as relative
 
 import clinfast
 from clinfast import patch
@@ -462,3 +463,37 @@ def test_transposed_weights_are_computed_right():
             module.weight = torch.nn.Parameter(module.weight.detach().t().contiguous().t())
     clinfast.optimize(model)
     assert_fresh(model)
+
+
+SHARED_AND_PRE_NORM = [
+    ("albert", "encoder.albert_layer_groups.0.albert_layers.0.attention.query.weight"),
+    ("albert", "encoder.albert_layer_groups.0.albert_layers.0.ffn_output.bias"),
+    ("albert", "encoder.embedding_hidden_mapping_in.weight"),
+    ("ernie", "embeddings.task_type_embeddings.weight"),
+    ("megatron-bert", "encoder.layer.1.ln.weight"),
+    ("megatron-bert", "encoder.ln.bias"),
+    ("roberta-prelayernorm", "LayerNorm.weight"),
+]
+
+
+@pytest.mark.parametrize(("family", "path"), SHARED_AND_PRE_NORM)
+@pytest.mark.parametrize("through", ["version", "data"])
+def test_any_edit_of_a_relatives_weights_is_seen(family, path, through):
+    model = clinfast.optimize(relative(family, num_hidden_layers=3))
+    before = run(model, **INPUTS)
+    parameter = model.get_parameter(path)
+    edited = parameter.data if through == "data" else parameter.detach()
+    edited.mul_(-3).add_(torch.linspace(-3, 3, parameter.numel()).view(parameter.shape))
+    assert_fresh(model, before)
+
+
+@pytest.mark.parametrize("head", ["base", "sequence"])
+def test_shared_layers_are_packed_once(head):
+    def packed(layers):
+        model = clinfast.optimize(relative("albert", head, num_hidden_layers=layers))
+        return encoder_of(model).weights()
+
+    one, many = packed(2), packed(12)
+    assert one.nbytes == many.nbytes and len(one.linears()) == len(many.linears())
+    assert len({id(layer) for layer in many.layers}) == 1 and many.last in (None, many.layers[0])
+    assert (len(many.layers), many.last is None) == ((12, True) if head == "base" else (11, False))

@@ -48,12 +48,25 @@ OWN = {
         "wide-embedding": {"embedding_size": 96},
     },
     "distilbert": {"sinusoidal": {"sinusoidal_pos_embds": True}},
+    "albert": {
+        "gelu": {"hidden_act": "gelu"},
+        "equal-projection": {"embedding_size": 64},
+        "wide-embedding": {"embedding_size": 96},
+        "two-groups": {"num_hidden_layers": 4, "num_hidden_groups": 2},
+        "uneven-groups": {"num_hidden_layers": 5, "num_hidden_groups": 3},
+        "inner-layers": {"num_hidden_layers": 3, "inner_group_num": 2},
+        "last-alone": {"num_hidden_layers": 3, "num_hidden_groups": 2},
+    },
+    "ernie": {
+        "no-tasks": {"use_task_id": False},
+        "five-tasks": {"task_type_vocab_size": 5},
+    },
+    "megatron-bert": {},
+    "roberta-prelayernorm": {"pad-3": {"pad_token_id": 3}},
+    "xlm-roberta-xl": {"pad-3": {"pad_token_id": 3}},
 }
-# The twins share RoBERTa's reader, so their own classes are run, and the fields are RoBERTa's to vary.
-VARIED = {
-    family: FIELDS | ({} if family == "distilbert" else NOT_IN_DISTILBERT) | OWN[family]
-    for family in ("roberta", "electra", "distilbert")
-}
+# XLM-RoBERTa and CamemBERT share RoBERTa's reader, so their own classes are run, and the fields are RoBERTa's to vary.
+VARIED = {family: FIELDS | ({} if family == "distilbert" else NOT_IN_DISTILBERT) | own for family, own in OWN.items()}
 FIELD_CASES = [(family, head, name) for family, head in PAIRS for name in VARIED.get(family, ())]
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -176,7 +189,7 @@ def test_what_only_stock_gives_is_stocks_to_the_bit(family, head):
         given,
     ]
     if head != "base":
-        cases.append(inputs | labels_for(head, inputs))
+        cases.append(inputs | labels_for(family, head, inputs))
     for case in cases:
         with s.one_call("stock"), torch.no_grad():
             ours = s.model(**case)
@@ -244,6 +257,51 @@ def test_an_edit_of_tied_weights_reaches_both_ends(family):
     s.check(**batch_for(model))
 
 
+@pytest.mark.parametrize("family", ["megatron-bert", "xlm-roberta-xl"])
+def test_published_widths(family):
+    """GatorTron-large's 3,584 and XLM-R XL's 2,560, a layer of each, against float64."""
+    hidden = 3584 if family == "megatron-bert" else 2560
+    model = make(
+        family, "token", hidden_size=hidden, num_attention_heads=hidden // 64, num_hidden_layers=1, intermediate_size=64
+    )
+    inputs = batch_for(model, right_padded([9, 4]), batch=2)
+    clinfast.optimize(model)
+    ours = run(model, **inputs)["logits"]
+    assert clinfast.report(model).calls_fast == 1
+    stock = run(clinfast.restore(model), **inputs)["logits"]
+    exact = run(model.double(), **inputs)["logits"]
+    real = inputs["attention_mask"].bool()
+    errors = [(x[real] - exact[real]).abs().max().item() for x in (ours, stock)]
+    assert errors[0] <= 2 * errors[1] + 1e-6 * exact[real].abs().max().item()
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_given_task_types_run_stock(given):
+    s = subject("ernie", "base", {"task_type_vocab_size": 5})
+    inputs = batch_for(s.model)
+    s.check_stock(**inputs, task_type_ids=torch.full_like(inputs["input_ids"], given))
+    assert "the argument task_type_ids" in clinfast.report(s.model).units[0].fallbacks
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_hidden_layers", 2), ("num_hidden_groups", 1)])
+def test_alberts_config_is_read_at_every_call(field, value):
+    """Its stock forward takes the number of layers from there."""
+    s = Subject(make("albert", num_hidden_layers=4, num_hidden_groups=2))
+    inputs = batch_for(s.model)
+    s.check(**inputs)
+    before = getattr(s.model.config, field)
+    for config in (s.model.config, s.stock.config):
+        setattr(config, field, value)
+    s.check_stock(**inputs)
+    for each in (s.model, s.stock):
+        setattr(each.config, field, before)
+    s.check(**inputs)
+
+
+def albert_layer(model):
+    return model.encoder.albert_layer_groups[0].albert_layers[0]
+
+
 REFUSED = {
     ("roberta", "base"): [
         (lambda m: setattr(m.embeddings, "padding_idx", None), "embeddings.padding_idx is None"),
@@ -260,6 +318,40 @@ REFUSED = {
         (lambda m: setattr(m.transformer.layer[0].ffn, "activation", torch.nn.SiLU()), "ffn.activation is"),
         (lambda m: setattr(m.transformer.layer[1].sa_layer_norm, "eps", 0.1), "sa_layer_norm.eps is 0.1"),
         (lambda m: setattr(m.transformer.layer[1].attention, "n_heads", 4), "layer.1 has num_heads 4"),
+    ],
+    ("albert", "token"): [
+        (lambda m: setattr(albert_layer(m.albert).attention, "num_attention_heads", 1), "1 heads of 32"),
+        (lambda m: m.albert.encoder.albert_layer_groups[0].albert_layers.append(torch.nn.Identity()), "albert_layers.1 is"),
+        (lambda m: setattr(m.albert.encoder, "embedding_hidden_mapping_in", torch.nn.Identity()), "hidden_mapping_in is"),
+    ],
+    ("albert", "pretraining"): [
+        (lambda m: setattr(m.sop_classifier, "dropout", torch.nn.Identity()), "sop_classifier.dropout is"),
+    ],
+    ("albert", "base"): [
+        (lambda m: setattr(albert_layer(m), "activation", torch.nn.SiLU()), "albert_layers.0.activation is"),
+        (lambda m: setattr(albert_layer(m).full_layer_layer_norm, "eps", 0.1), "full_layer_layer_norm.eps is 0.1"),
+        (lambda m: setattr(albert_layer(m).attention, "is_causal", True), "attention.is_causal is True"),
+        (lambda m: setattr(m, "pooler_activation", torch.nn.ReLU()), "pooler_activation is"),
+        (lambda m: m.encoder.albert_layer_groups.append(m.encoder.albert_layer_groups[0]), "there are 2 groups"),
+    ],
+    ("ernie", "base"): [
+        (lambda m: setattr(m.embeddings.task_type_embeddings, "max_norm", 1.0), "task_type_embeddings.max_norm is 1.0"),
+    ],
+    ("megatron-bert", "base"): [
+        (lambda m: setattr(m.config, "is_decoder", True), "config.is_decoder is True"),
+        (lambda m: setattr(m.encoder, "ln", torch.nn.Identity()), "encoder.ln is torch.nn.modules.linear.Identity"),
+        (lambda m: setattr(m.encoder.layer[1].attention.ln, "eps", 0.1), "layer.1.attention.ln.eps is 0.1"),
+        (lambda m: setattr(m.encoder.layer[0].intermediate, "intermediate_act_fn", torch.nn.SiLU()), "SiLU"),
+    ],
+    ("roberta-prelayernorm", "base"): [
+        (lambda m: setattr(m.encoder.layer[1].intermediate.LayerNorm, "eps", 0.1), "intermediate.LayerNorm.eps is 0.1"),
+        (lambda m: setattr(m.LayerNorm, "eps", 0.1), "LayerNorm.eps is 0.1"),
+    ],
+    ("xlm-roberta-xl", "base"): [
+        (
+            lambda m: setattr(m.encoder.layer[0].attention, "self_attn_layer_norm", torch.nn.Identity()),
+            "attention.self_attn_layer_norm is",
+        ),
     ],
 }
 

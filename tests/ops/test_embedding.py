@@ -51,6 +51,22 @@ def test_matches_reference(isa, batch, seqlen, hidden, table_dtype, out_dtype):
             assert_within_budget(ours, *stock_and_exact(args))
 
 
+@pytest.mark.parametrize("table_dtype", DTYPES)
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [1, 33, 384])
+def test_without_a_layer_norm_it_is_the_sum(isa, hidden, table_dtype, out_dtype):
+    for table, placed in ((True, True), (False, False)):
+        args = case(2, 9, hidden, table_dtype, table=table, out=out_dtype, placed=placed)
+        args[7] = args[8] = None
+        tables = [None if a is None else a.float() for a in args[4:7]]
+        expected = op.reference(*args[:4], *tables, *args[7:])
+        for backend in (compiled, torch_backend.embedding, op.embedding):
+            assert torch.equal(backend(*args), expected)
+    args[7] = torch.ones(hidden)
+    with pytest.raises(ValueError, match="one of weight and shift is None"):
+        compiled(*args)
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(0, 4),

@@ -35,8 +35,8 @@ def embedding(
     word: Tensor,
     position: Tensor,
     token_type: Tensor | None,
-    weight: Tensor,
-    shift: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
     eps: float,
     position_offset: int,
     dtype: torch.dtype,
@@ -59,8 +59,11 @@ def embedding(
             token_type.stride()[0],
             token_type.shape[0],
         )
-    check_vector("embedding", "weight", weight, hidden)
-    check_vector("embedding", "shift", shift, hidden)
+    if weight is not None and shift is not None:
+        check_vector("embedding", "weight", weight, hidden)
+        check_vector("embedding", "shift", shift, hidden)
+    elif weight is not None or shift is not None:
+        raise ValueError("embedding: one of weight and shift is None; a LayerNorm needs both")
     ids_bytes = check_ids("embedding", "input_ids", input_ids)
     batch, seqlen = input_ids.shape
     types_bytes = types_row = types_column = 0
@@ -87,7 +90,7 @@ def embedding(
         input_ids.data_ptr(), address(token_type_ids), ids_row, ids_column, types_row, types_column,
         ids_bytes, types_bytes, indices.data_ptr(), address(position_ids), seqlen, tokens, hidden,
         position_offset, word.data_ptr(), position.data_ptr(), types_address, word.stride()[0],
-        position.stride()[0], type_stride, weight.data_ptr(), shift.data_ptr(), out.data_ptr(), hidden, eps,
+        position.stride()[0], type_stride, address(weight), address(shift), out.data_ptr(), hidden, eps,
         table_dtype, out_dtype,
         torch.get_num_threads(), batch, vocab_size, position.shape[0], type_vocab_size,
     )  # fmt: skip

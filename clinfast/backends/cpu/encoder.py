@@ -44,6 +44,7 @@ class EncoderLayers:
         scale: float,
         eps: float,
         activation: str,
+        pre_norm: bool,
     ) -> Tensor:
         """Overwrites and returns `x` [T, H], contiguous. `cu_seqlens` [B + 1] int32 as `pack` made it."""
         kernels = native.kernels()
@@ -54,7 +55,7 @@ class EncoderLayers:
         kernels.encoder(
             self._addresses.data_ptr(), x.data_ptr(), workspace.data_ptr(), cu_seqlens.data_ptr(),
             native.address(seqused_k), num_layers, tokens, len(cu_seqlens) - 1, num_heads, hidden // num_heads,
-            self._intermediate, scale, eps, ACTIVATIONS.index(activation), self._code, self._table,
+            self._intermediate, scale, eps, ACTIVATIONS.index(activation), pre_norm, self._code, self._table,
             torch.get_num_threads(),
         )  # fmt: skip
         calls["encoder_layer[cpu]"] += num_layers

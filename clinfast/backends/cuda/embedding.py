@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clinfast.backends import torch as plain
 from clinfast.backends.cuda.layer_norm import MAX_HIDDEN
 from clinfast.backends.cuda.native import (
     DTYPE_NAMES,
@@ -36,13 +37,18 @@ def prechecked(
     word: Tensor,
     position: Tensor,
     token_type: Tensor | None,
-    weight: Tensor,
-    shift: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
     eps: float,
     position_offset: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """A token outside a table gives a row of NaN: raising would wait for the device. `pack` reports such ids."""
+    if weight is None or shift is None:  # the kernel ends in a LayerNorm
+        return plain.embedding(
+            input_ids, token_type_ids, indices, position_ids, word, position, token_type, weight, shift, eps,
+            position_offset, dtype,
+        )  # fmt: skip
     out_dtype = DTYPES.get(dtype)
     if out_dtype is None:
         raise ValueError(f"embedding: dtype is {dtype}; it must be {DTYPE_NAMES}")
@@ -103,8 +109,8 @@ def embedding(
     word: Tensor,
     position: Tensor,
     token_type: Tensor | None,
-    weight: Tensor,
-    shift: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
     eps: float,
     position_offset: int,
     dtype: torch.dtype,

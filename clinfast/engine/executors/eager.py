@@ -31,12 +31,15 @@ class EagerExecutor:
     def all_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
         """[T, H] for all packed tokens."""
         x = self._whole_layers(weights, self._embed(weights, request, batch), batch)
-        return x if weights.last is None else self._layer(weights.last, x, batch)
+        if weights.last is not None:
+            x = self._layer(weights.last, x, batch)
+        return self._final_norm(weights, x)
 
     def first_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
         """[B, H]: one row a note; the last layer works on those rows alone."""
         x = self._whole_layers(weights, self._embed(weights, request, batch), batch)
-        return self.first_token(x, batch) if weights.last is None else self._first_rows(weights.last, x, batch)
+        x = self.first_token(x, batch) if weights.last is None else self._first_rows(weights.last, x, batch)
+        return self._final_norm(weights, x)
 
     def first_token(self, x: Tensor, batch: PackedBatch) -> Tensor:
         """[B, H]: each note's first row; zeros for a note without tokens."""
@@ -61,20 +64,27 @@ class EagerExecutor:
 
     def _layer(self, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
         shape = (x.shape[0], -1, self.spec.num_heads, self.spec.head_dim)
+        h = self._before(layer.attention_norm, x)
         if layer.qkv is not None:
-            q, k, v = layer.qkv(x).view(shape).unbind(1)
+            q, k, v = layer.qkv(h).view(shape).unbind(1)
         else:
             assert layer.query is not None and layer.key_value is not None
-            q, (k, v) = layer.query(x).view(shape)[:, 0], layer.key_value(x).view(shape).unbind(1)
+            q, (k, v) = layer.query(h).view(shape)[:, 0], layer.key_value(h).view(shape).unbind(1)
         context = self.attention(q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.seqused_k, self.spec.scale)
         return self._after_attention(layer, context, x)
 
     def _first_rows(self, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
-        assert layer.query is not None and layer.key_value is not None
         spec = self.spec
-        k, v = layer.key_value(x).view(x.shape[0], 2, spec.num_heads, spec.head_dim).unbind(1)
-        first = self.first_token(x, batch)
-        q = layer.query(first).view(-1, spec.num_heads, spec.head_dim)
+        shape = (-1, spec.num_heads, spec.head_dim)
+        h, first = self._before(layer.attention_norm, x), self.first_token(x, batch)
+        if layer.qkv is not None:  # shared with whole layers, which want all queries
+            qkv = layer.qkv(h)
+            q = self.first_token(qkv, batch).view(-1, 3, *shape[1:])[:, 0]
+            _, k, v = qkv.view(-1, 3, *shape[1:]).unbind(1)
+        else:
+            assert layer.query is not None and layer.key_value is not None
+            k, v = layer.key_value(h).view(-1, 2, *shape[1:]).unbind(1)
+            q = layer.query(self._before(layer.attention_norm, first)).view(shape)
         rows = one_row_a_note(batch.batch, x.device)
         context = self.attention(q, k, v, rows, batch.cu_seqlens, batch.seqused_k, spec.scale)
         return self._after_attention(layer, context, first)
@@ -82,21 +92,32 @@ class EagerExecutor:
     def _after_attention(self, layer: PackedLayer, context: Tensor, x: Tensor) -> Tensor:
         return self._ffn(layer, self._add_norm(layer.attention_output, context.view(x.shape), x, layer.attention_norm))
 
+    def _ffn(self, layer: PackedLayer, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if self.whole_ffn or rows <= FFN_ROWS + FFN_ROWS // 2:
+            return self._ffn_rows(layer, x)
+        out = x.new_empty(x.shape)
+        for start in range(0, rows, FFN_ROWS):
+            out[start : start + FFN_ROWS] = self._ffn_rows(layer, x[start : start + FFN_ROWS])
+        return out
+
+    def _ffn_rows(self, layer: PackedLayer, x: Tensor) -> Tensor:
+        inner = layer.ffn_in(self._before(layer.output_norm, x), self.spec.activation)
+        return self._add_norm(layer.ffn_out, inner, x, layer.output_norm)
+
     def _add_norm(self, linear: PackedLinear, x: Tensor, residual: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
-        """LayerNorm(linear(x) + residual)."""
+        """linear(x) + residual, and the LayerNorm where it stands behind them."""
+        if self.spec.pre_norm:
+            return linear(x, residual=residual)
         if self.adds_in_norm:
             normed: Tensor = self.layer_norm(linear(x), residual, *norm, self.spec.eps)
         else:
             normed = self.layer_norm(linear(x, residual=residual), None, *norm, self.spec.eps)
         return normed
 
-    def _ffn(self, layer: PackedLayer, x: Tensor) -> Tensor:
-        rows = x.shape[0]
-        if self.whole_ffn or rows <= FFN_ROWS + FFN_ROWS // 2:
-            return self._add_norm(layer.ffn_out, layer.ffn_in(x, self.spec.activation), x, layer.output_norm)
-        out = x.new_empty(x.shape)
-        for start in range(0, rows, FFN_ROWS):
-            part = x[start : start + FFN_ROWS]
-            inner = layer.ffn_in(part, self.spec.activation)
-            out[start : start + FFN_ROWS] = self._add_norm(layer.ffn_out, inner, part, layer.output_norm)
-        return out
+    def _before(self, norm: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+        """LayerNorm where it stands before what it belongs to."""
+        return self.layer_norm(x, None, *norm, self.spec.eps) if self.spec.pre_norm else x
+
+    def _final_norm(self, weights: PackedWeights, x: Tensor) -> Tensor:
+        return x if weights.final_norm is None else self.layer_norm(x, None, *weights.final_norm, self.spec.eps)
