@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clinfast.backends.triton import checks, device
-from clinfast.backends.triton.launch import launch, or_torch
+from clinfast.backends.triton.launch import KernelUnavailable, launch, or_torch
 from clinfast.backends.triton.layer_norm import MAX_HIDDEN
 from clinfast.triton_kernels import configs
 
@@ -23,11 +23,13 @@ def _table(name: str, table: Tensor, word: Tensor) -> None:
 
 def _embed(
     input_ids: Tensor, token_type_ids: Tensor | None, indices: Tensor, position_ids: Tensor | None, word: Tensor,
-    position: Tensor, token_type: Tensor | None, weight: Tensor, shift: Tensor, eps: float, position_offset: int,
+    position: Tensor, token_type: Tensor | None, weight: Tensor | None, shift: Tensor | None, eps: float, position_offset: int,
     dtype: torch.dtype, bad: Tensor | None,
 ) -> Tensor:  # fmt: skip
     if dtype not in checks.FLOATS:
         raise ValueError(f"embedding: dtype is {dtype}; it must be {checks.FLOAT_NAMES}")
+    if weight is None or shift is None:
+        raise KernelUnavailable("the kernel ends in a LayerNorm, and this embedding has none")
     checks.rows("embedding", "word", word)
     vocab_size, hidden = word.shape
     block = checks.width("embedding", hidden, MAX_HIDDEN)
@@ -73,7 +75,7 @@ def _embed(
 @or_torch("embedding")
 def prechecked(
     input_ids: Tensor, token_type_ids: Tensor | None, indices: Tensor, position_ids: Tensor | None, word: Tensor,
-    position: Tensor, token_type: Tensor | None, weight: Tensor, shift: Tensor, eps: float, position_offset: int,
+    position: Tensor, token_type: Tensor | None, weight: Tensor | None, shift: Tensor | None, eps: float, position_offset: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """For ids that `pack` found in range. Others read nothing either, and give rows of NaN."""
@@ -86,7 +88,7 @@ def prechecked(
 @or_torch("embedding")
 def embedding(
     input_ids: Tensor, token_type_ids: Tensor | None, indices: Tensor, position_ids: Tensor | None, word: Tensor,
-    position: Tensor, token_type: Tensor | None, weight: Tensor, shift: Tensor, eps: float, position_offset: int,
+    position: Tensor, token_type: Tensor | None, weight: Tensor | None, shift: Tensor | None, eps: float, position_offset: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Waits for the device, to raise where an id is out of range."""
