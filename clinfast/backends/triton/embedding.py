@@ -23,8 +23,8 @@ def _table(name: str, table: Tensor, word: Tensor) -> None:
 
 def _embed(
     input_ids: Tensor, token_type_ids: Tensor | None, indices: Tensor, position_ids: Tensor | None, word: Tensor,
-    position: Tensor, token_type: Tensor | None, weight: Tensor | None, shift: Tensor | None, eps: float, position_offset: int,
-    dtype: torch.dtype, bad: Tensor | None,
+    position: Tensor, token_type: Tensor | None, weight: Tensor | None, shift: Tensor | None, eps: float,
+    position_offset: int, dtype: torch.dtype, bad: Tensor | None,
 ) -> Tensor:  # fmt: skip
     if dtype not in checks.FLOATS:
         raise ValueError(f"embedding: dtype is {dtype}; it must be {checks.FLOAT_NAMES}")
@@ -75,8 +75,8 @@ def _embed(
 @or_torch("embedding")
 def prechecked(
     input_ids: Tensor, token_type_ids: Tensor | None, indices: Tensor, position_ids: Tensor | None, word: Tensor,
-    position: Tensor, token_type: Tensor | None, weight: Tensor | None, shift: Tensor | None, eps: float, position_offset: int,
-    dtype: torch.dtype,
+    position: Tensor, token_type: Tensor | None, weight: Tensor | None, shift: Tensor | None, eps: float,
+    position_offset: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """For ids that `pack` found in range. Others read nothing either, and give rows of NaN."""
     return _embed(
@@ -88,8 +88,8 @@ def prechecked(
 @or_torch("embedding")
 def embedding(
     input_ids: Tensor, token_type_ids: Tensor | None, indices: Tensor, position_ids: Tensor | None, word: Tensor,
-    position: Tensor, token_type: Tensor | None, weight: Tensor | None, shift: Tensor | None, eps: float, position_offset: int,
-    dtype: torch.dtype,
+    position: Tensor, token_type: Tensor | None, weight: Tensor | None, shift: Tensor | None, eps: float,
+    position_offset: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Waits for the device, to raise where an id is out of range."""
     bad = torch.full((1,), NOTHING_BAD, dtype=torch.int32, device=word.device)
