@@ -45,7 +45,9 @@ def _heads(family: str, adapter: str) -> dict[str, str]:
     # An adapter that serves twins lists the classes of all of them.
     prefix = family.replace("_", "")
     classes = [name for name in importlib.import_module(adapter).CLASSES if name.lower().startswith(prefix)]
-    return {head_of(name[len(prefix) :]): name for name in classes}
+    suffixes = {name: name[len(prefix) :] for name in classes}
+    # Another family's name may start with this one's: XLMRobertaXL.
+    return {head_of(suffix): name for name, suffix in suffixes.items() if suffix == "Model" or suffix.startswith("For")}
 
 
 def head_of(suffix: str) -> str:
@@ -72,11 +74,11 @@ def _machine(found: Info) -> Table:
 
 def _families(served: dict[str, dict[str, str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("head on the fast path")
-    heads: list[str] = []
-    for family, classes in served.items():
-        table.add_column(family, justify="center")
-        heads += [head for head in classes if head not in heads]
+    table.add_column("head on the fast path", no_wrap=True)
+    table.add_column("families")
+    heads = dict.fromkeys(head for classes in served.values() for head in classes)
     for head in heads:
-        table.add_row(head, *("[green]yes[/]" if head in classes else "" for classes in served.values()))
+        families = [family for family, classes in served.items() if head in classes]
+        table.add_row(head, "all" if len(families) == len(served) else ", ".join(families))
+    table.add_row("[dim]all[/]", f"[dim]{', '.join(served)}[/]")
     return table

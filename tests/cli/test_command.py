@@ -66,7 +66,7 @@ def test_info(capsys):
     found = clinfast.info()
     for part in (found.cpu, found.isa, "backend cpu", "fp32, bf16", f"clinfast {clinfast.__version__}", "bert"):
         assert part in out
-    assert re.search(r"token classification +yes", out)
+    assert re.search(r"token classification +all", out) and re.search(r"next sentence prediction +bert,", out)
 
 
 def test_info_json_lists_every_registered_class(capsys):
@@ -81,6 +81,8 @@ def test_info_json_lists_every_registered_class(capsys):
         name for adapter in models.FAMILIES.values() for name in importlib.import_module(adapter).CLASSES
     }
     assert listed == registered
+    assert found["families"]["roberta"].keys() == found["families"]["xlm-roberta-xl"].keys()
+    assert "RobertaPreLayerNormModel" not in found["families"]["roberta"].values()
 
 
 def test_info_says_why_a_backend_is_not_there(monkeypatch, capsys):

@@ -321,8 +321,8 @@ REFUSED = {
     ],
     ("albert", "token"): [
         (lambda m: setattr(albert_layer(m.albert).attention, "num_attention_heads", 1), "1 heads of 32"),
-        (lambda m: m.albert.encoder.albert_layer_groups[0].albert_layers.append(torch.nn.Identity()), "albert_layers.1 is"),
-        (lambda m: setattr(m.albert.encoder, "embedding_hidden_mapping_in", torch.nn.Identity()), "hidden_mapping_in is"),
+        (lambda m: m.albert.encoder.albert_layer_groups[0].albert_layers.append(torch.nn.ReLU()), "albert_layers.1 is"),
+        (lambda m: setattr(m.albert.encoder, "embedding_hidden_mapping_in", torch.nn.ReLU()), "mapping_in is"),
     ],
     ("albert", "pretraining"): [
         (lambda m: setattr(m.sop_classifier, "dropout", torch.nn.Identity()), "sop_classifier.dropout is"),
