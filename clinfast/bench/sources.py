@@ -27,8 +27,8 @@ class ModelSource(ModelFolder):
         return cache.key(name=self.name, config=self.config, weights=stats)
 
 
-def load_stock(source: ModelFolder, precision: str, attention: str = "sdpa") -> Any:
-    """The stock model in eval mode, its weights rounded to `precision`."""
+def load_stock(source: ModelFolder, precision: str, attention: str | None = None) -> Any:
+    """The stock model in eval mode, its weights rounded to `precision`; SDPA where its class has it, as by default."""
     import torch
 
     model = source.load_model(torch.float32, attn_implementation=attention)
