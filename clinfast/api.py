@@ -201,14 +201,21 @@ def refresh(model: Any) -> None:
         forward.encoder.pack()
 
 
-def warmup(model: Any, lengths: Sequence[int] = (16, 64, 128, 256, 512)) -> None:
-    """Run one note of each length, so that the first request is as fast as the thousandth."""
+def warmup(model: Any, lengths: Sequence[int | Sequence[int]] = (16, 64, 128, 256, 512)) -> None:
+    """Run one note of each length, so that the first request is as fast as the thousandth.
+
+    On a GPU this captures the graphs that such requests will replay. A sequence among `lengths` is a batch: the lengths of
+    its notes, in tokens.
+    """
     for _, _, forward in _patched(model, "warmup"):
-        spec = forward.encoder.spec
-        for length in lengths:
-            length = max(1, min(int(length), spec.max_seqlen))
-            ids = torch.zeros(1, length, dtype=torch.long, device=forward.encoder.refs[0].tensor().device)
-            forward.encoder.run(Request(ids, None, None))
+        encoder = forward.encoder
+        device = encoder.refs[0].tensor().device
+        for entry in lengths:
+            notes = [entry] if isinstance(entry, int) else list(entry)
+            sizes = torch.tensor([max(1, min(int(n), encoder.spec.max_seqlen)) for n in notes])
+            mask = torch.arange(int(sizes.max())) < sizes[:, None]
+            ids = torch.zeros(mask.shape, dtype=torch.long, device=device)
+            encoder.run(Request(ids, mask.to(device), None), asked=True)
 
 
 def report(model: Any) -> Report:

@@ -41,6 +41,14 @@ OTHER_REASONS = "other reasons"
 _lock = threading.Lock()
 
 
+class _Changed(Exception):
+    """The module was found changed after the device had been given its work."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class _PerThread(threading.local):
     count = 0
 
@@ -144,11 +152,23 @@ class PatchedForward:
             return call(module, armed, args, kwargs)
         if self._paused_here.count:
             return self._fall_back(module, armed, DISABLED, args, kwargs)
-        request = armed.guard.admit(module, args, kwargs)
+        guard, encoder = armed.guard, armed.encoder
+        later = encoder.graphs is not None
+        request = guard.admit(module, args, kwargs, settled_later=later)
         if not isinstance(request, Request):
-            return self._fall_back(module, armed, request, args, kwargs)
+            # A mistake in the arguments of a module that changed is stock's to judge.
+            changed = guard.changed(module) if later and request.mistake is not None else None
+            return self._fall_back(module, armed, changed or request, args, kwargs)
+
+        def check() -> None:
+            found = guard.changed(module)
+            if found is not None:
+                raise _Changed(found)
+
         try:
-            output = armed.encoder.run(request)
+            output = encoder.run(request, check if later else None)
+        except _Changed as changed_module:
+            reason = changed_module.reason
         except (NotServed, Unsupported) as refusal:
             reason = Reason(str(refusal))
         else:

@@ -68,6 +68,13 @@ class Report:
                 f"    linears: {linears}; kernels: {self.isa or 'torch'}; extra memory "
                 f"{facts['packed_bytes'] / 2**20:.0f} MiB; same note, same bits: {same_bits}"
             )
+            graphs = facts.get("graphs")
+            if graphs is not None:
+                state = f"off: {graphs['off']}" if graphs["off"] else f"{graphs['bytes'] / 2**20:.0f} MiB"
+                lines.append(
+                    f"    CUDA graphs: {graphs['captured']} captured, {graphs['replays']} replays, {state}"
+                )
+                lines += [f"    {count} x op by op: {why}" for why, count in sorted(graphs["op_by_op"].items())]
             if unit.canary_error is not None:
                 lines.append(f"    largest difference from stock on the canary batch: {unit.canary_error:.1e}")
             lines += [f"    {count} x stock: {reason}" for reason, count in sorted(unit.fallbacks.items())]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from clinfast.engine import precision as precisions
 from clinfast.engine import reproducibility
 from clinfast.engine.concurrency import ForkSafeLock, gate, single_thread_if_forked
 from clinfast.engine.executors import EagerExecutor, NativeExecutor
+from clinfast.engine.executors.cuda_graph import CudaDriver, GraphExecutor
 from clinfast.engine.run import run
 from clinfast.engine.spec import EncoderOutput, Match, Request, Unsupported
 from clinfast.engine.weights import Fingerprint, PackedWeights, pack_weights
@@ -54,6 +57,8 @@ class Encoder:
         self._executor: EagerExecutor = NativeExecutor(self.spec, backend, first.device.type)
         self._lock = ForkSafeLock()
         self._packed: tuple[PackedWeights, Fingerprint] | None = None
+        self.graphs: GraphExecutor | None = None
+        self._graph_device: torch.device | None = None
         self.packs = 0
         self.pack()
         self.reproducible = reproducibility.proved(self.weights().linears(), first.device)
@@ -101,13 +106,26 @@ class Encoder:
                 raise Unsupported(f"the model was moved to {first.device}, where it runs stock")
             self._executor = NativeExecutor(self.spec, self.backend, first.device.type)
         self.dtype = precisions.resolve(self.precision, first.dtype, first.device.type)
+        if first.device != self._graph_device:
+            self._graph_device, self.graphs = first.device, self._make_graphs(first.device)
         weights = pack_weights(self.spec, self.head, tensors, self.dtype, self.backend)
         self._packed = (weights, fingerprint)
         self.packs += 1
         return self._packed
 
-    def run(self, request: Request) -> EncoderOutput:
+    def _make_graphs(self, device: torch.device) -> GraphExecutor | None:
+        if device.type != "cuda" or os.environ.get("CLINFAST_CUDA_GRAPHS", "1") == "0":
+            return None
+        return GraphExecutor(self._executor, self.head, self.padding, CudaDriver(device))
+
+    def run(
+        self, request: Request, check: Callable[[], None] | None = None, *, asked: bool = False
+    ) -> EncoderOutput:
         """Compute the request; padded results in the model's dtype.
+
+        Args:
+            check: raises where the model is no longer what was matched; on a GPU it is called while the device works.
+            asked: capture a graph for this size (`warmup`).
 
         Raises:
             NotServed: the stock forward has to run, for a reason that only the values show.
@@ -115,8 +133,42 @@ class Encoder:
         """
         single_thread_if_forked()
         with gate.room(self._executor.device), torch.no_grad():
+            if self.graphs is not None:
+                found = self._run_graph(self.graphs, request, check, asked)
+                if found is not None:
+                    return found
+            if check is not None:
+                check()
             weights = self.weights()
             return run(self._executor, weights, self.head, request, self.padding, self.model_dtype)
+
+    def _run_graph(
+        self, graphs: GraphExecutor, request: Request, check: Callable[[], None] | None, asked: bool
+    ) -> EncoderOutput | None:
+        """Twice at most: a result of weights that were found stale is thrown away, and computed again."""
+        for _ in range(2):
+            packed = self._packed
+            if packed is None or packed[0].word.device != request.input_ids.device:
+                if check is not None:
+                    check()
+                self.weights()
+                packed = self._packed
+            if packed is None or self.graphs is not graphs:
+                return None
+            weights, fingerprint = packed
+
+            def settle(packed: Any = packed, fingerprint: Fingerprint = fingerprint) -> bool:
+                if check is not None:
+                    check()
+                return self._packed is packed and fingerprint.changed() is None
+
+            found = graphs.run(weights, request, self.model_dtype, settle, asked=asked)
+            if found is not None:
+                return found
+            if self._packed is packed and fingerprint.changed() is None:
+                return None
+            self.weights()
+        return None
 
     @property
     def packed_bytes(self) -> int:
@@ -139,5 +191,6 @@ class Encoder:
             "packed_bytes": self.packed_bytes,
             "packs": self.packs,
             "reproducible": self.reproducible,
+            "graphs": None if self.graphs is None else self.graphs.describe(),
         }
 
