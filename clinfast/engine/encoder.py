@@ -132,11 +132,16 @@ class Encoder:
             IndexError: an id or token type out of range.
         """
         single_thread_if_forked()
+        graphs = self.graphs
+        if graphs is not None:
+            if torch.is_grad_enabled():
+                with torch.no_grad():
+                    found = self._run_graph(graphs, request, check, asked)
+            else:
+                found = self._run_graph(graphs, request, check, asked)
+            if found is not None:
+                return found
         with gate.room(self._executor.device), torch.no_grad():
-            if self.graphs is not None:
-                found = self._run_graph(self.graphs, request, check, asked)
-                if found is not None:
-                    return found
             if check is not None:
                 check()
             weights = self.weights()

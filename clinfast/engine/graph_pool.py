@@ -8,14 +8,13 @@ calls that do run at once are on different lanes.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import threading
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from clinfast.engine.buckets import MAX_NOTES, MAX_ROWS, Bucket
-from clinfast.engine.concurrency import ForkSafeLock
 from clinfast.ops.packing import PackedBuffers
 
 LANES = 4
@@ -60,8 +59,9 @@ class Captured(NamedTuple):
 class Lane:
     def __init__(self, driver: Driver, device: torch.device, weights: Any) -> None:
         self.pool = driver.new_pool()
-        self.buffers = PackedBuffers.of(MAX_ROWS, MAX_NOTES, device)
-        self.facts = torch.zeros_like(self.buffers.facts, device="cpu", pin_memory=device.type == "cuda")
+        with torch.inference_mode(False):  # tensors of inference mode could not be written to outside of it
+            self.buffers = PackedBuffers.of(MAX_ROWS, MAX_NOTES, device)
+            self.facts = torch.zeros_like(self.buffers.facts, device="cpu", pin_memory=device.type == "cuda")
         self.weights = weights  # held as long as a graph may read them
         self.graphs: collections.OrderedDict[Bucket, Captured] = collections.OrderedDict()
         self.packed, self.done = driver.event(), driver.event()
@@ -99,7 +99,8 @@ class GraphPool:
         self.max_lanes, self.max_graphs = lanes, max_graphs
         self._max_bytes = max_bytes
         self.lanes: list[Lane] = []
-        self._lock = ForkSafeLock()
+        self._lock = threading.Lock()  # CUDA does not outlive a fork either
+        self._latest: Lane | None = None
         self._asked: collections.Counter[Bucket] = collections.Counter()
         self._uses: collections.OrderedDict[tuple[int, Bucket], Lane] = collections.OrderedDict()
         self.captures = self.replays = self.evictions = 0
@@ -115,27 +116,31 @@ class GraphPool:
     def nbytes(self) -> int:
         return sum(lane.nbytes for lane in list(self.lanes))
 
-    @contextmanager
-    def lane(self, key: Bucket, device: torch.device, weights: Any) -> Iterator[Lane | None]:
-        """A lane for the calling thread alone, ordered behind the device's earlier work on it; None where all are in
-        use. Lanes of other weights are retired."""
+    def acquire(self, key: Bucket, device: torch.device, weights: Any) -> tuple[Lane | None, Captured | None]:
+        """A lane for the calling thread alone, ordered behind the device's earlier work on it, and its graph if it has
+        one; None where all are in use. Lanes of other weights are retired. `release` gives it back."""
         stream = self.driver.stream()
         with self._lock:
-            lane = self._take(key, device, weights, stream)
-        if lane is None:
-            yield None
-            return
-        try:
-            if lane.stream is not None and lane.stream != stream:
-                lane.done.wait()
-            lane.stream = stream
-            yield lane
-        finally:
-            lane.done.record()
-            with self._lock:
-                lane.busy = False
-                if lane.retired:
-                    self._forget(lane)
+            lane = self._latest
+            if lane is None or lane.busy or lane.weights is not weights or lane.stream != stream or self.off:
+                lane = self._latest = self._take(key, device, weights, stream)
+                if lane is None:
+                    return None, None
+            lane.busy = True
+            found = lane.graphs.get(key)
+            if found is not None:
+                self._uses.move_to_end((id(lane), key))
+        if lane.stream is not None and lane.stream != stream:
+            lane.done.wait()
+        lane.stream = stream
+        return lane, found
+
+    def release(self, lane: Lane) -> None:
+        lane.done.record()
+        with self._lock:
+            lane.busy = False
+            if lane.retired:
+                self._forget(lane)
 
     def _take(self, key: Bucket, device: torch.device, weights: Any, stream: Any) -> Lane | None:
         if self.off is not None:
@@ -151,22 +156,14 @@ class GraphPool:
         if not ready and len(self.lanes) < self.max_lanes:
             ready = [Lane(self.driver, device, weights)]
             self.lanes.append(ready[0])
-        found = max(ready or idle, key=lambda lane: (key in lane.graphs, lane.stream == stream), default=None)
-        if found is not None:
-            found.busy = True
-        return found
+        return max(ready or idle, key=lambda lane: (key in lane.graphs, lane.stream == stream), default=None)
 
     def _forget(self, lane: Lane) -> None:
+        if self._latest is lane:
+            self._latest = None
         for used in [used for used in self._uses if self._uses[used] is lane]:
             del self._uses[used]
         lane.clear()
-
-    def find(self, lane: Lane, key: Bucket) -> Captured | None:
-        found = lane.graphs.get(key)
-        if found is not None:
-            with self._lock:
-                self._uses.move_to_end((id(lane), key))
-        return found
 
     def wants(self, key: Bucket, *, asked: bool = False) -> bool:
         """Whether to capture a graph for it now; `asked` where the user said so by `warmup`."""
@@ -203,6 +200,7 @@ class GraphPool:
         self._asked[used[1]] = 0
         if not lane.graphs and not lane.busy:  # its pool goes with it
             self.lanes.remove(lane)
+            self._latest = None
 
     def switch_off(self, reason: str) -> bool:
         """Use no graph from now on, and free them all. False where that was so already."""
@@ -210,7 +208,7 @@ class GraphPool:
             if self.off is not None:
                 return False
             self.off = reason
-            lanes, self.lanes = self.lanes, []
+            lanes, self.lanes, self._latest = self.lanes, [], None
             for lane in lanes:
                 lane.retired = True
                 if not lane.busy:

@@ -39,7 +39,7 @@ def test_a_bucket_holds_its_batch_and_wastes_less_than_an_eighth(tokens, batch):
 
 
 def test_there_are_few_buckets_and_an_end_to_them():
-    assert len({buckets.rows_for(n) for n in range(1, buckets.MAX_ROWS + 1)}) == 64
+    assert len({buckets.rows_for(n) for n in range(1, buckets.MAX_ROWS + 1)}) == 56
     assert buckets.bucket(buckets.MAX_ROWS + 1, 1) is None and buckets.bucket(1, buckets.MAX_NOTES + 1) is None
 
 
@@ -255,7 +255,7 @@ def test_the_graph_not_used_for_longest_goes(limits):
     run(model, **batch_of([20]))
     assert driver.captures == 5 and pool.nbytes == 3 << 20
     clinfast.warmup(model, lengths=[10, (30, 18)])
-    assert driver.captures == 6 + 1
+    assert driver.captures == 6  # 10 was there still
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -295,8 +295,10 @@ def test_a_stream_whose_lane_is_still_at_work_gets_another():
 
     def take(stream):
         driver.streams.current = stream
-        with pool.lane(key, device, weights) as lane:
-            return lane
+        lane, captured = pool.acquire(key, device, weights)
+        assert captured is None
+        pool.release(lane)
+        return lane
 
     first = take(1)
     assert take(1) is first and take(2) is first and driver.waits == 1  # the device is through, and orders itself

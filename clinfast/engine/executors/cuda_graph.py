@@ -85,21 +85,23 @@ class GraphExecutor:
             key = bucket(tokens, batch)
         if key is None:
             return self._without("a batch beyond the largest graph")
-        with self.pool.driver.on(), self.pool.lane(key, ids.device, weights) as lane:
+        with self.pool.driver.on():
+            lane, captured = self.pool.acquire(key, ids.device, weights)
             if lane is None:
                 return self._without(self.pool.off or "all lanes of graphs were in use")
-            captured = self.pool.find(lane, key)
-            if captured is None:
-                if not self.pool.wants(key, asked=asked):
-                    return self._without("a size that is seldom asked for, after graphs were evicted")
-                captured = self._capture(lane, key, weights)
+            try:
+                # Before a capture too, whose rehearsal is to meet boundaries that fit.
+                self._pack_into(ids, mask, types, self.constants, key.rows, key.notes, lane.buffers)
                 if captured is None:
-                    return self._without(self.pool.off or "a graph beyond the bound on memory")
-            self._pack_into(ids, mask, types, self.constants, key.rows, key.notes, lane.buffers)
-            lane.packed.record()
-            captured.graph.replay()
-            self.pool.replays += 1
-            return self._finish(lane, key, captured, weights, request, dtype, settle)
+                    captured = self._capture(lane, key, weights, asked)
+                    if captured is None:
+                        return None
+                lane.packed.record()
+                captured.graph.replay()
+                self.pool.replays += 1
+                return self._finish(lane, captured, weights, request, dtype, settle)
+            finally:
+                self.pool.release(lane)
 
     def _tokens(self, request: Request, settle: Callable[[], bool]) -> int:
         """How many tokens are real, which waits for the device; 0 where the weights are stale, or there are none."""
@@ -115,8 +117,8 @@ class GraphExecutor:
         return packed.tokens
 
     def _finish(
-        self, lane: Lane, key: Bucket, captured: Captured, weights: PackedWeights, request: Request,
-        dtype: torch.dtype, settle: Callable[[], bool],
+        self, lane: Lane, captured: Captured, weights: PackedWeights, request: Request, dtype: torch.dtype,
+        settle: Callable[[], bool],
     ) -> EncoderOutput | None:  # fmt: skip
         if not settle():
             return None
@@ -141,7 +143,10 @@ class GraphExecutor:
         )
         return spread(self.executor, weights, self.head, request, real, packed, dtype, copy=True)
 
-    def _capture(self, lane: Lane, key: Bucket, weights: PackedWeights) -> Captured | None:
+    def _capture(self, lane: Lane, key: Bucket, weights: PackedWeights, asked: bool) -> Captured | None:
+        if not self.pool.wants(key, asked=asked):
+            return self._without(self.pool.off or "a size that is seldom asked for, after graphs were evicted")
+
         def body() -> Any:
             return self._body(lane.buffers, key, weights)
 
@@ -149,13 +154,13 @@ class GraphExecutor:
             with _capturing, torch.inference_mode(False), torch.no_grad():
                 captured = Captured(*self.pool.driver.capture(body, lane.pool))
         except torch.OutOfMemoryError:
-            self._switch_off("the device ran out of memory while a graph was captured")
-            return None
+            return self._switch_off("the device ran out of memory while a graph was captured")
         except Exception as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self._switch_off(f"a graph could not be captured: {first}")
-            return None
-        return captured if self.pool.add(lane, key, captured) else None
+            return self._switch_off(f"a graph could not be captured: {first}")
+        if self.pool.add(lane, key, captured):
+            return captured
+        return self._without("a graph beyond the bound on memory")
 
     def _body(self, buffers: PackedBuffers, key: Bucket, weights: PackedWeights) -> Any:
         """The whole of a bucket. Views are made anew each time, since kernels keep what they prepared for one."""
@@ -181,6 +186,7 @@ class GraphExecutor:
     def _switch_off(self, reason: str) -> None:
         if self.pool.switch_off(reason):
             log.warning("clinfast: CUDA graphs are off for this model, which runs op by op from now on: %s", reason)
+        self._without(reason)
 
     def _without(self, reason: str) -> None:
         self.op_by_op[reason] = self.op_by_op.get(reason, 0) + 1
