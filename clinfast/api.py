@@ -73,7 +73,8 @@ def optimize(
     Args:
         model: a transformers model, a `pipeline`, a `SentenceTransformer` or `CrossEncoder`, or any `nn.Module` that
             contains an encoder that clinfast knows.
-        precision: `"auto"` (the model's own dtype), `"fp32"` or `"bf16"`; outputs keep the model's dtype.
+        precision: `"auto"` (the model's own dtype), `"fp32"`, `"bf16"`, on a GPU also `"fp16"` and
+            `"fp8"` (the layers' products in e4m3, from Hopper on); outputs keep the model's dtype.
         backend: `"auto"`, `"cpu"` (compiled kernels), `"triton"` (kernels for NVIDIA GPUs) or `"torch"` (pure PyTorch).
         padding: `"remove"` computes real tokens only and returns zeros at padded positions; `"keep"` computes every
             position as stock does.
@@ -232,6 +233,7 @@ def report(model: Any) -> Report:
                 facts=forward.encoder.describe(),
                 canary_error=forward.canary_error,
                 refused=None,
+                verified=forward.verified,  # type: ignore[arg-type]
             )
         )
     for path, module, reason in patch.find_refused(model):

@@ -70,11 +70,12 @@ class PatchedForward:
         canary_error: largest difference from stock that was seen before the model was handed over.
         strict: raise `StrictError` where stock would have to run.
         inference_only: no gradients are wanted, whatever the grad mode.
+        verified: what `verify` last found, or None.
     """
 
     __slots__ = (
         "__signature__", "__weakref__", "_armed", "_module", "_paused", "_paused_here", "_warned",
-        "calls_fast", "calls_stock", "canary_error", "fallbacks", "inference_only", "strict",
+        "calls_fast", "calls_stock", "canary_error", "fallbacks", "inference_only", "strict", "verified",
     )  # fmt: skip
 
     __name__ = "forward"  # functools.update_wrapper and pickling of bound methods ask for it
@@ -90,6 +91,7 @@ class PatchedForward:
         self.strict, self.inference_only = strict, inference_only
         self.calls_fast = self.calls_stock = 0
         self.canary_error: float | None = None
+        self.verified: object = None
         self.fallbacks: Counter[str] = Counter()
         self._warned: dict[str, object] = {}
         self._armed = _Armed(match, encoder, Guard(module, match, inference_only=inference_only))

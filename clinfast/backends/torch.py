@@ -245,7 +245,10 @@ def attention(
 
 
 def implementations() -> dict[str, Callable[..., Any]]:
+    from clinfast.backends import fp8  # which has this module's functions in it
+
     return {
+        **fp8.IMPLEMENTATIONS,
         "attention": attention,
         "embedding": embedding,
         "gelu": gelu,

@@ -17,6 +17,7 @@ from clinfast.engine.executors.cuda_graph import CudaDriver, GraphExecutor
 from clinfast.engine.run import run
 from clinfast.engine.spec import EncoderOutput, Match, Request, Unsupported
 from clinfast.engine.weights import Fingerprint, PackedWeights, pack_weights
+from clinfast.ops import registry
 
 # Types of device that models are optimized on.
 SERVED = ("cpu", "cuda")
@@ -44,6 +45,7 @@ class Encoder:
         self.model_dtype = first.dtype
         self.dtype = precisions.resolve(precision, first.dtype, first.device.type)
         self.precision, self.backend, self.padding = precision, backend, padding
+        self.wants_same_bits = reproducible is True
         # What `clinfast::encode` must know besides tensors. It names the option, not the dtype that it now means.
         self.call = json.dumps(
             {
@@ -54,13 +56,15 @@ class Encoder:
                 "padding": padding,
             }
         )
-        self._executor: EagerExecutor = NativeExecutor(self.spec, backend, first.device.type)
+        self._executor = self._make_executor(first.device.type)
         self._lock = ForkSafeLock()
         self._packed: tuple[PackedWeights, Fingerprint] | None = None
         self.graphs: GraphExecutor | None = None
         self._graph_device: torch.device | None = None
         self.packs = 0
         self.pack()
+        if reproducible and precision == "fp8":
+            raise Unsupported("reproducible=True is not served in fp8; pass precision='bf16'")
         self.reproducible = reproducibility.proved(self.weights().linears(), first.device)
         if reproducible and not self.reproducible:
             raise Unsupported(
@@ -104,14 +108,39 @@ class Encoder:
         if first.device.type != self._executor.device:
             if first.device.type not in SERVED:
                 raise Unsupported(f"the model was moved to {first.device}, where it runs stock")
-            self._executor = NativeExecutor(self.spec, self.backend, first.device.type)
+            self._executor = self._make_executor(first.device.type)
         self.dtype = precisions.resolve(self.precision, first.dtype, first.device.type)
         if first.device != self._graph_device:
             self._graph_device, self.graphs = first.device, self._make_graphs(first.device)
-        weights = pack_weights(self.spec, self.head, tensors, self.dtype, self.backend)
+        try:
+            weights = pack_weights(self.spec, self.head, tensors, self.dtype, self.backend, self._kind(first.device.type))
+        except ValueError as refusal:
+            raise Unsupported(f"precision={self.precision!r} cannot be served: {refusal}") from None
         self._packed = (weights, fingerprint)
         self.packs += 1
         return self._packed
+
+    def _kind(self, device: str) -> str:
+        """Of the linears: see `ops.linear.prepack`."""
+        if self.precision == "fp8":
+            return "fp8"
+        return "fixed" if self.wants_same_bits and device != "cpu" else ""
+
+    def _make_executor(self, device: str) -> EagerExecutor:
+        executor = NativeExecutor(self.spec, self.backend, device)
+        kind = self._kind(device)
+        if kind == "fp8":
+            executor.layer_norm = registry.implementation("layer_norm.fp8", self.backend, device)
+        if kind == "fixed":
+            try:
+                executor.attention = registry.implementation("attention.fixed", self.backend, device)
+                registry.implementation("linear.prepack_fixed", self.backend, device)
+            except RuntimeError:
+                raise Unsupported(
+                    "reproducible=True needs the Triton kernels here, whose products have fixed tiles; pass "
+                    "reproducible=None to go on without that promise"
+                ) from None
+        return executor
 
     def _make_graphs(self, device: torch.device) -> GraphExecutor | None:
         if device.type != "cuda" or os.environ.get("CLINFAST_CUDA_GRAPHS", "1") == "0":
@@ -176,6 +205,11 @@ class Encoder:
         return None
 
     @property
+    def coarsest(self) -> torch.dtype:
+        """The dtype whose rounding bounds the error."""
+        return precisions.E4M3 if self.precision == "fp8" else self.dtype
+
+    @property
     def packed_bytes(self) -> int:
         packed = self._packed
         return 0 if packed is None else packed[0].nbytes
@@ -189,7 +223,7 @@ class Encoder:
             "head": self.head.name,
             "layers": self.spec.num_layers,
             "hidden_size": self.spec.hidden_size,
-            "compute_dtype": str(self.dtype).removeprefix("torch."),
+            "compute_dtype": "fp8, the rest in " * (self.precision == "fp8") + str(self.dtype).removeprefix("torch."),
             "model_dtype": str(self.model_dtype).removeprefix("torch."),
             "padding": self.padding,
             "linear": ", ".join(linears),
