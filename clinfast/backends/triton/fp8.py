@@ -43,12 +43,14 @@ def _launch(
     values = torch.empty((rows, hidden), dtype=fp8.E4M3, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     if rows:
+        from clinfast.triton_kernels import versions
+
         block = checks.width("quantise", hidden, MAX_HIDDEN)
         with torch.cuda.device(x.device) if device.TYPE == "cuda" else contextlib.nullcontext():
             _kernel()[(rows,)](
                 x, residual, weight, shift, y, values, scale, hidden, x.stride(0),
                 0 if residual is None else residual.stride(0), eps, NORM=weight is not None, ACTIVATION=activation,
-                BLOCK=block, num_warps=8 if block >= 2048 else 4,
+                BLOCK=block, num_warps=8 if block >= 2048 else 4, **versions.JIT_OPTIONS,
             )  # fmt: skip
     return y, values, scale
 
@@ -63,11 +65,13 @@ def _kernel() -> Any:
 def _compiles() -> bool:
     reason = device.no_compiler()
     if reason is None and device.TYPE == "cuda":
+        from clinfast.triton_kernels import versions
+
         try:
             x = torch.zeros(1, 16, dtype=torch.bfloat16, device="cuda")
             values, scale = torch.empty(1, 16, dtype=fp8.E4M3, device="cuda"), torch.empty(1, 1, device="cuda")
             _try("quantise_kernel", lambda: _kernel()[(1,)](
-                x, None, None, None, x, values, scale, 16, 16, 0, 0.0, NORM=False, ACTIVATION="none", BLOCK=128,
+                x, None, None, None, x, values, scale, 16, 16, 0, 0.0, NORM=False, ACTIVATION="none", BLOCK=128, **versions.JIT_OPTIONS,
             ))  # fmt: skip
         except KernelUnavailable as error:
             reason = str(error)
