@@ -205,8 +205,8 @@ def refresh(model: Any) -> None:
 def warmup(model: Any, lengths: Sequence[int | Sequence[int]] = (16, 64, 128, 256, 512)) -> None:
     """Run one note of each length, so that the first request is as fast as the thousandth.
 
-    On a GPU this captures the graphs that such requests will replay. A sequence among `lengths` is a batch: the lengths of
-    its notes, in tokens.
+    On a GPU this captures the graphs that such requests will replay. A sequence among `lengths` is a batch: the lengths
+    of its notes, in tokens.
     """
     for _, _, forward in _patched(model, "warmup"):
         encoder = forward.encoder

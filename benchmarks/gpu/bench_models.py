@@ -1,7 +1,7 @@
 """Whole models on a GPU against eager SDPA, torch.compile (max-autotune, CUDA graphs) and torch's varlen attention.
 
-Each cell first holds every contender to the error budget, then times them in alternating rounds: `synchronous`, one call
-and a wait, which is what a single request sees; and `throughput`, calls one after the other. Host time is in both.
+Each cell first holds every contender to the error budget, then times them in alternating rounds: `synchronous`, one
+call and a wait, which is what a single request sees; and `throughput`, calls one after the other. Host time is in both.
 """
 
 from __future__ import annotations

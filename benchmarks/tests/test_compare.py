@@ -129,7 +129,8 @@ def test_the_varlen_peer_computes_the_model(monkeypatch):
     module = type(torch)("varlen")
     module.varlen_attn = lambda q, k, v, cu_q, cu_k, *_: plain.attention(q, k, v, cu_q, cu_k, None, q.shape[2] ** -0.5)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
-    config = BertConfig(vocab_size=20000, hidden_size=64, num_attention_heads=2, num_hidden_layers=2, intermediate_size=96)
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 96}
+    config = BertConfig(vocab_size=20000, **sizes)
     stock = BertModel(config).eval()
     batch = model_cases.inputs([9, 4, 17], "cpu")
     with torch.no_grad():

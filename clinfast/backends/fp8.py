@@ -1,8 +1,8 @@
 """fp8 (e4m3) linears with a scale a row of the input and a scale an output, and what quantises for them.
 
-x W^T is about s_x (x / s_x)(W / s_w)^T s_w with s = largest magnitude of the row / 448, so that every row uses the whole
-range; products are exact, sums are fp32. `torch._scaled_mm` multiplies. Rows come quantised from the LayerNorm or the
-GELU before it where that could be done in one pass.
+x W^T is about s_x (x / s_x)(W / s_w)^T s_w with s = largest magnitude of the row / 448, so that every row uses the
+whole range; products are exact, sums are the library's. `torch._scaled_mm` multiplies. Rows come quantised from the
+LayerNorm or the GELU before it where that could be done in one pass.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Fp8Linear:
         self.out_features, self.in_features = weight.shape
         if self.out_features % 16 or self.in_features % 16:
             raise ValueError(
-                f"linear: the weight is {list(weight.shape)}; fp8 products need multiples of 16, so pass another precision"
+                f"linear: the weight is {list(weight.shape)}; fp8 products need multiples of 16, so pass another "
+                "precision"
             )
         self.weight, scale = quantise_rows(weight.detach().float())
         self.scale = scale.view(1, -1).contiguous()
@@ -95,4 +96,4 @@ def layer_norm(
     return attach(y, values, scale)
 
 
-IMPLEMENTATIONS = {"linear.prepack_fp8": Fp8Linear, "layer_norm.fp8": layer_norm}
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"linear.prepack_fp8": Fp8Linear, "layer_norm.fp8": layer_norm}

@@ -113,7 +113,8 @@ class Encoder:
         if first.device != self._graph_device:
             self._graph_device, self.graphs = first.device, self._make_graphs(first.device)
         try:
-            weights = pack_weights(self.spec, self.head, tensors, self.dtype, self.backend, self._kind(first.device.type))
+            kind = self._kind(first.device.type)
+            weights = pack_weights(self.spec, self.head, tensors, self.dtype, self.backend, kind)
         except ValueError as refusal:
             raise Unsupported(f"precision={self.precision!r} cannot be served: {refusal}") from None
         self._packed = (weights, fingerprint)

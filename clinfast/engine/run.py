@@ -51,8 +51,8 @@ def run(
 class PackedOutput(NamedTuple):
     """What the encoder and its head give on packed rows.
 
-    `hidden_states` [T, H]; where the head needs first tokens only, [B, H]. `branches`: [B, N] or [T, N], one for each of
-    the head's; None for those that `spread` computes (`is_late`).
+    `hidden_states` [T, H]; where the head needs first tokens only, [B, H]. `branches`: [B, N] or [T, N], one for each
+    of the head's; None for those that `spread` computes (`is_late`).
     """
 
     hidden_states: Tensor

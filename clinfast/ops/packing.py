@@ -197,12 +197,12 @@ def position_ids(input_ids: Tensor, padding_idx: int) -> Tensor:
 class PackedBuffers(NamedTuple):
     """Memory of a fixed address that `pack.into` fills: a packed batch of at most R rows and N notes.
 
-    The notes are followed by empty ones and, as note number `notes`, the rows that nobody asked for, which have no keys:
-    so boundaries and lengths are valid whatever the batch.
+    The notes are followed by empty ones and, as note number `notes`, the rows that nobody asked for, which have no
+    keys: so boundaries and lengths are valid whatever the batch.
 
     Attributes:
-        input_ids, token_type_ids, position_ids, indices: [R] int32. Rows past the batch's keep values of an earlier one,
-            or zeros: always in range. Ids out of range, which the facts report, become 0.
+        input_ids, token_type_ids, position_ids, indices: [R] int32. Rows past the batch's keep values of an earlier
+            one, or zeros: always in range. Ids out of range, which the facts report, become 0.
         cu_seqlens: [N + 2] int32; seqused_k: [N + 1] int32.
         facts: [6] int64, as of `pack`.
     """
@@ -219,7 +219,7 @@ class PackedBuffers(NamedTuple):
     def of(cls, rows: int, notes: int, device: torch.device) -> PackedBuffers:
         sizes = (rows, rows, rows, rows, notes + 2, notes + 1)
         vectors = [torch.zeros(size, dtype=torch.int32, device=device) for size in sizes]
-        return cls(*vectors, torch.zeros(len(FACTS), dtype=torch.int64, device=device))
+        return cls._make([*vectors, torch.zeros(len(FACTS), dtype=torch.int64, device=device)])
 
 
 class PackInto(NamedTuple):

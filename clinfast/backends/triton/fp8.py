@@ -1,5 +1,5 @@
-"""fp8 linears whose rows are quantised by Triton, in the pass of the LayerNorm or activation before; compiled where they
-run, since the package has no cubins of them."""
+"""fp8 linears whose rows are quantised by Triton, in the pass of the LayerNorm or activation before; compiled where
+they run, since the package has no cubins of them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def _compiles() -> bool:
             x = torch.zeros(1, 16, dtype=torch.bfloat16, device="cuda")
             values, scale = torch.empty(1, 16, dtype=fp8.E4M3, device="cuda"), torch.empty(1, 1, device="cuda")
             _try("quantise_kernel", lambda: _kernel()[(1,)](
-                x, None, None, None, x, values, scale, 16, 16, 0, 0.0, NORM=False, ACTIVATION="none", BLOCK=128, **versions.JIT_OPTIONS,
+                x, None, None, None, x, values, scale, 16, 16, 0, 0.0, NORM=False, ACTIVATION="none", BLOCK=128,
+                **versions.JIT_OPTIONS,
             ))  # fmt: skip
         except KernelUnavailable as error:
             reason = str(error)

@@ -24,8 +24,8 @@ def pack_into(
     notes: int,
     buffers: PackedBuffers,
 ) -> None:
-    """One launch for a batch that fits a tile; `pack` and what PyTorch has for a larger one, whose kernels take
-    longer than it does. The engine's own inputs: their shapes and dtypes were looked at, and their device is current."""
+    """One launch for a batch that fits a tile; `pack` and what PyTorch has for a larger one, whose layers take longer.
+    The engine's own inputs: their shapes and dtypes were looked at, and their device is current."""
     batch, seqlen = input_ids.shape
     tile = _tile(batch, seqlen)
     if tile is not None and notes < PACK_INTO_NOTES:

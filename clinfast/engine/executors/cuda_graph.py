@@ -1,8 +1,9 @@
 """Runs the encoder as a CUDA graph: one launch for all of its kernels.
 
-A call packs its notes into a lane's buffers, replays the graph of the smallest bucket that holds them, and unpacks what
-is the caller's; rows that nobody asked for belong to a note without keys. While the device works, the host looks whether
-the model or its weights changed, and reads what packing reported: a result that should not stand is thrown away.
+A call packs its notes into a lane's buffers, replays the graph of the smallest bucket that holds them, and unpacks
+what is the caller's; rows that nobody asked for belong to a note without keys. While the device works, the host looks
+whether the model or its weights changed, and reads what packing reported: a result that should not stand is thrown
+away.
 """
 
 from __future__ import annotations
@@ -78,17 +79,20 @@ class GraphExecutor:
             key = bucket(positions, batch)
         else:
             if bucket(1, batch) is None:
-                return self._without("a batch beyond the largest graph")
+                self._without("a batch beyond the largest graph")
+                return None
             tokens = self._tokens(request, settle)
             if not tokens:
                 return None
             key = bucket(tokens, batch)
         if key is None:
-            return self._without("a batch beyond the largest graph")
+            self._without("a batch beyond the largest graph")
+            return None
         with self.pool.driver.on():
             lane, captured = self.pool.acquire(key, ids.device, weights)
             if lane is None:
-                return self._without(self.pool.off or "all lanes of graphs were in use")
+                self._without(self.pool.off or "all lanes of graphs were in use")
+                return None
             try:
                 # Before a capture too, whose rehearsal is to meet boundaries that fit.
                 self._pack_into(ids, mask, types, self.constants, key.rows, key.notes, lane.buffers)
@@ -145,7 +149,8 @@ class GraphExecutor:
 
     def _capture(self, lane: Lane, key: Bucket, weights: PackedWeights, asked: bool) -> Captured | None:
         if not self.pool.wants(key, asked=asked):
-            return self._without(self.pool.off or "a size that is seldom asked for, after graphs were evicted")
+            self._without(self.pool.off or "a size that is seldom asked for, after graphs were evicted")
+            return None
 
         def body() -> Any:
             return self._body(lane.buffers, key, weights)
@@ -154,13 +159,16 @@ class GraphExecutor:
             with _capturing, torch.inference_mode(False), torch.no_grad():
                 captured = Captured(*self.pool.driver.capture(body, lane.pool))
         except torch.OutOfMemoryError:
-            return self._switch_off("the device ran out of memory while a graph was captured")
+            self._switch_off("the device ran out of memory while a graph was captured")
+            return None
         except Exception as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return self._switch_off(f"a graph could not be captured: {first}")
+            self._switch_off(f"a graph could not be captured: {first}")
+            return None
         if self.pool.add(lane, key, captured):
             return captured
-        return self._without("a graph beyond the bound on memory")
+        self._without("a graph beyond the bound on memory")
+        return None
 
     def _body(self, buffers: PackedBuffers, key: Bucket, weights: PackedWeights) -> Any:
         """The whole of a bucket. Views are made anew each time, since kernels keep what they prepared for one."""
@@ -222,6 +230,7 @@ class CudaDriver:
         with torch.cuda.stream(side):
             body()  # kernels load, and libraries choose theirs
         side.synchronize()
+        torch.cuda.empty_cache()  # which `torch.cuda.graph` may do too, and what it grew by would not show
         before = torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on allocating and waiting meanwhile.

@@ -115,7 +115,7 @@ def test_bad_arguments_are_named(call, message):
 @some
 @given(data=st.data())
 def test_pack_into(data):
-    """As PyTorch does it, on buffers with rows of an earlier batch, up to what neither promises: rows past the tokens."""
+    """As PyTorch does it, on buffers with rows of an earlier batch; rows past the tokens may hold anything in range."""
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     buffers = [PackedBuffers.of(600, 32, torch.device("cpu")) for _ in range(2)]
     for _ in range(2):
