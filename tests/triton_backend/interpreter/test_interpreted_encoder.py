@@ -3,9 +3,12 @@
 import pytest
 import torch
 from bert_models import Subject, ids, make, right_padded
+from engine_fakes import with_graphs
 from transformers import RobertaConfig, RobertaForTokenClassification
 
 import clinfast
+from clinfast.backends.triton import launch
+from clinfast.engine import precision
 from clinfast.engine.executors.eager import EagerExecutor
 from clinfast.ops import registry
 
@@ -82,3 +85,22 @@ def test_reproducible_is_proved_or_refused():
         assert "reproducible" in str(refusal)
     else:
         assert clinfast.report(model).units[0].facts["reproducible"]
+
+
+@pytest.mark.parametrize(("head", "padding"), [("sequence", "remove"), ("qa", "keep")])
+def test_graphs_on_these_kernels(head, padding):
+    """Buckets with rows and notes that nobody asked for, twice: their rows hold what an earlier batch left."""
+    subject = Subject(make(head), padding=padding)
+    driver, graphs = with_graphs(subject.model)
+    for lengths in ([13, 1, 7], [3]):
+        subject.check(input_ids=ids(len(lengths), max(lengths)), attention_mask=right_padded(lengths))
+    assert driver.replays == 2 and not graphs.op_by_op
+    assert "pack_into_kernel" in {key[0] for key in launch._runners}
+
+
+def test_fp8_with_fused_quantisation(monkeypatch):
+    monkeypatch.setattr(precision, "fp8_refusal", lambda device: None)
+    model = clinfast.optimize(make("token"), precision="fp8", strict=True)
+    driver, _ = with_graphs(model)
+    found = clinfast.verify(model, {"input_ids": ids(2, 9), "attention_mask": right_padded([9, 4])})
+    assert found.cosine > 0.95 and driver.replays == 1
