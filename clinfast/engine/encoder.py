@@ -130,17 +130,18 @@ class Encoder:
     def _make_executor(self, device: str) -> EagerExecutor:
         executor = NativeExecutor(self.spec, self.backend, device)
         kind = self._kind(device)
-        if kind == "fp8":
-            executor.layer_norm = registry.implementation("layer_norm.fp8", self.backend, device)
-        if kind == "fixed":
-            try:
+        try:
+            if kind == "fp8":
+                executor.layer_norm = registry.implementation("layer_norm.fp8", self.backend, device)
+            if kind == "fixed":
                 executor.attention = registry.implementation("attention.fixed", self.backend, device)
                 registry.implementation("linear.prepack_fixed", self.backend, device)
-            except RuntimeError:
-                raise Unsupported(
-                    "reproducible=True needs the Triton kernels here, whose products have fixed tiles; pass "
-                    "reproducible=None to go on without that promise"
-                ) from None
+        except RuntimeError:
+            wanted = "precision='fp8'" if kind == "fp8" else "reproducible=True"
+            instead = "backend='auto'" if kind == "fp8" else "reproducible=None to go on without that promise"
+            raise Unsupported(
+                f"{wanted} is not served by backend={self.backend!r} here: it takes the Triton kernels; pass {instead}"
+            ) from None
         return executor
 
     def _make_graphs(self, device: torch.device) -> GraphExecutor | None:

@@ -68,13 +68,20 @@ static inline void multiply_rows(const T *x, int64_t stride, int64_t in_features
       for (int j = 0; j < kTileVecs; j++) c[i][j] = Vec::zero();
     for (int64_t begin = chain; begin < chain_end; begin += kFetchSteps) {
       const int64_t end = begin + kFetchSteps < chain_end ? begin + kFetchSteps : chain_end;
+      // Three rows a pointer: with one for all, the compiler spills the offsets of the others and reads them back.
+      const T *row[(M + 2) / 3];
+      for (int i = 0; i < (M + 2) / 3; i++) {
+        row[i] = x + 3 * i * stride;
+        __asm__("" : "+r"(row[i]));
+      }
+#pragma GCC unroll 2
       for (int64_t s = begin; s < end; s++) {
         Vec right[kTileVecs];
 #pragma GCC unroll 8
         for (int j = 0; j < kTileVecs; j++) right[j] = L::right(block + s * kPanel + j * Vec::N);
 #pragma GCC unroll 8
         for (int i = 0; i < M; i++) {
-          Vec left = L::left(x + i * stride, step + s, in_features);
+          Vec left = L::left(row[i / 3] + i % 3 * stride, step + s, in_features);
 #pragma GCC unroll 8
           for (int j = 0; j < kTileVecs; j++) c[i][j] = L::multiply_add(left, right[j], c[i][j]);
         }

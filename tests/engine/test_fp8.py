@@ -115,3 +115,24 @@ def test_sizes_that_sixteen_does_not_divide(monkeypatch):
     model = make("base", hidden_size=60, num_attention_heads=3)
     with pytest.raises(clinfast.Unsupported, match="multiples of 16"):
         clinfast.optimize(model, precision="fp8", backend="torch", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"precision": "fp8"}, "precision='fp8' is not served by backend='cuda'"),
+     ({"reproducible": True}, "reproducible=True is not served by backend='cuda'")],
+)  # fmt: skip
+def test_a_backend_without_it_is_named(options, words, monkeypatch):
+    """Asked of a CPU model's encoder for a GPU: what a machine with the CUDA kernels alone would say."""
+    encoder = encoder_of(clinfast.optimize(make("base")))
+    encoder.backend, encoder.precision = "cuda", options.get("precision", "auto")
+    encoder.wants_same_bits = options.get("reproducible", False)
+
+    def implementation(name, backend, device="cpu", *, prechecked=False):
+        if name in ("layer_norm.fp8", "attention.fixed"):
+            raise RuntimeError(f"no backend of {backend} serves the op {name!r}")
+
+    monkeypatch.setattr("clinfast.ops.registry.implementation", implementation)
+    monkeypatch.setattr("clinfast.ops.registry.optional", lambda *args: None)
+    with pytest.raises(clinfast.Unsupported, match=words):
+        encoder._make_executor("cuda")

@@ -137,7 +137,7 @@ def test_a_machine_without_the_promise_is_reported_and_refused_on_demand(monkeyp
     from clinfast.engine import reproducibility
     from clinfast.engine.spec import Unsupported
 
-    monkeypatch.setattr(reproducibility, "proved", lambda linears: False)
+    monkeypatch.setattr(reproducibility, "proved", lambda linears, device: False)
     model = clinfast.optimize(make())
     assert "not proved" in str(clinfast.report(model))
     with pytest.raises(Unsupported, match="reproducible=None"):
@@ -153,4 +153,4 @@ def test_the_trial_sees_a_linear_whose_rows_depend_on_each_other():
         def __call__(self, x):
             return x + x.shape[0]
 
-    assert not reproducibility.proved([Leaky()])
+    assert not reproducibility.proved([Leaky()], torch.device("cpu"))
