@@ -168,7 +168,7 @@ class PatchedForward:
                 raise _Changed(found)
 
         try:
-            output = encoder.run(request, check if later else None)
+            output = encoder.run(request, check) if later else encoder.run(request)
         except _Changed as changed_module:
             reason = changed_module.reason
         except (NotServed, Unsupported) as refusal:
