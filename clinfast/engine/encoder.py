@@ -65,7 +65,10 @@ class Encoder:
         self.pack()
         if reproducible and precision == "fp8":
             raise Unsupported("reproducible=True is not served in fp8; pass precision='bf16'")
-        self.reproducible = reproducibility.proved(self.weights().linears(), first.device)
+        try:
+            self.reproducible = reproducibility.proved(self.weights().linears(), first.device)
+        except NotImplementedError as refusal:
+            raise Unsupported(f"{refusal}; pass reproducible=None to go on without that promise") from None
         if reproducible and not self.reproducible:
             raise Unsupported(
                 "reproducible=True, but this machine's linears give a row other bits in another batch; pass "
@@ -145,7 +148,8 @@ class Encoder:
         return executor
 
     def _make_graphs(self, device: torch.device) -> GraphExecutor | None:
-        if device.type != "cuda" or os.environ.get("CLINFAST_CUDA_GRAPHS", "1") == "0":
+        # PyTorch's own attention asks for the lengths, which a capture forbids.
+        if device.type != "cuda" or self.backend == "torch" or os.environ.get("CLINFAST_CUDA_GRAPHS", "1") == "0":
             return None
         return GraphExecutor(self._executor, self.head, self.padding, CudaDriver(device))
 

@@ -132,7 +132,10 @@ class FixedLinear(GpuLinear):
             return torch.empty((0, self.out_features), dtype=self.dtype, device=x.device)
         of_class = device.device_class(self._index)
         tiles = configs.linear(of_class, self.dtype.itemsize, self.in_features, self.out_features, FIXED_ROWS)
-        return self.product(x, activation, residual, tiles)
+        try:
+            return self.product(x, activation, residual, tiles)
+        except KernelUnavailable as reason:
+            raise NotImplementedError(f"reproducible=True needs a product of fixed tiles: {reason}") from None
 
 
 def programs(tiles: configs.Linear) -> int:
