@@ -68,6 +68,8 @@ class Encoder:
         try:
             self.reproducible = reproducibility.proved(self.weights().linears(), first.device)
         except NotImplementedError as refusal:
+            if not reproducible:
+                raise
             raise Unsupported(f"{refusal}; pass reproducible=None to go on without that promise") from None
         if reproducible and not self.reproducible:
             raise Unsupported(
