@@ -12,7 +12,8 @@ OLDER_TRANSFORMERS := 4.57 4.48
 VERSION_TESTS := tests/models tests/patch tests/api tests/integrations tests/test_readme.py \
 	-k "not (any_shape or any_one_weight or long_notes or precision_apart or torch_backend or TestCompile)"
 
-.PHONY: demo test test-versions test-quantized lint bench bench-ops cubins triton-check cuda-check gpu-check clean
+.PHONY: demo test test-versions test-quantized lint bench bench-ops cubins triton-check cuda-check gpu-check gpu-compare \
+	clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m clinfast.demo
@@ -57,6 +58,10 @@ cuda-check:
 # For a machine with an NVIDIA GPU; uses the Python packages that are there, and no network.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
+
+# What gpu-check measured, against the committed baseline of the same card.
+gpu-compare:
+	$(PYTHON) -m benchmarks.compare check benchmarks/results/gpu/models.json
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

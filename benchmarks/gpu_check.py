@@ -7,6 +7,7 @@ found is kept in `benchmarks/results/gpu/<card>/<commit>.json`, and a second run
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -116,24 +117,36 @@ def sanitizer() -> dict[str, Any]:
     return result
 
 
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+MODELS = ("minilm", "bert-base", "bert-large", "distilbert-qa")
+# Compiling a peer for one shape takes minutes: few cells a stage.
+CELLS = ("1x16 1x128", "1x384 1x512", "32x128 8x512", "ragged-32", "squad-64")
+
+
+def bench(out: Path, *what: str) -> dict[str, Any]:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return no_tests_is_fine(command(sys.executable, "-m", "pytest", "-q", *what, f"--benchmark-json={out}"))
+
+
 def benchmarks() -> dict[str, Any]:
-    if not (ROOT / "benchmarks" / "gpu").is_dir():
-        return {"status": 0, "note": "there are no GPU benchmarks yet"}
-    out = ROOT / "benchmarks" / "results" / "gpu" / "pytest-benchmark.json"
-    return no_tests_is_fine(
-        command(
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "benchmarks/gpu",
-            "-o",
-            "python_files=bench_*.py",
-            "-o",
-            "python_functions=bench_*",
-            f"--benchmark-json={out}",
-        )
-    )
+    return bench(RESULTS / "ops.json", "benchmarks/gpu", "--ignore=benchmarks/gpu/bench_models.py")
+
+
+def part(model: str, cells: str) -> Path:
+    return RESULTS / "parts" / f"{model}-{cells.replace(' ', '-')}.json"
+
+
+def bench_models(model: str, cells: str) -> dict[str, Any]:
+    names = [f"benchmarks/gpu/bench_models.py::bench_model[{model}-{cell}]" for cell in cells.split()]
+    return bench(part(model, cells), *names)
+
+
+def report() -> dict[str, Any]:
+    """All parts that are there as one JSON, table and plot, beside the results."""
+    parts = [str(file) for model in MODELS for cells in CELLS if (file := part(model, cells)).exists()]
+    if not parts:
+        return {"status": 0, "note": "no model was benchmarked"}
+    return command(sys.executable, "-m", "benchmarks.compare", "merge", str(RESULTS / "models.json"), *parts)
 
 
 def no_tests_is_fine(result: dict[str, Any]) -> dict[str, Any]:
@@ -148,6 +161,10 @@ STAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "tests": tests,
     "sanitizer": sanitizer,
     "benchmarks": benchmarks,
+    **{
+        f"{model} {cells}": functools.partial(bench_models, model, cells) for model in MODELS for cells in CELLS
+    },
+    "report": report,
 }
 
 

@@ -73,7 +73,8 @@ def optimize(
     Args:
         model: a transformers model, a `pipeline`, a `SentenceTransformer` or `CrossEncoder`, or any `nn.Module` that
             contains an encoder that clinfast knows.
-        precision: `"auto"` (the model's own dtype), `"fp32"` or `"bf16"`; outputs keep the model's dtype.
+        precision: `"auto"` (the model's own dtype), `"fp32"`, `"bf16"`, on a GPU also `"fp16"` and
+            `"fp8"` (the layers' products in e4m3, from Hopper on); outputs keep the model's dtype.
         backend: `"auto"`, `"cpu"` (compiled kernels), `"triton"` (kernels for NVIDIA GPUs) or `"torch"` (pure PyTorch).
         padding: `"remove"` computes real tokens only and returns zeros at padded positions; `"keep"` computes every
             position as stock does.
@@ -201,14 +202,21 @@ def refresh(model: Any) -> None:
         forward.encoder.pack()
 
 
-def warmup(model: Any, lengths: Sequence[int] = (16, 64, 128, 256, 512)) -> None:
-    """Run one note of each length, so that the first request is as fast as the thousandth."""
+def warmup(model: Any, lengths: Sequence[int | Sequence[int]] = (16, 64, 128, 256, 512)) -> None:
+    """Run one note of each length, so that the first request is as fast as the thousandth.
+
+    On a GPU this captures the graphs that such requests will replay. A sequence among `lengths` is a batch: the lengths
+    of its notes, in tokens.
+    """
     for _, _, forward in _patched(model, "warmup"):
-        spec = forward.encoder.spec
-        for length in lengths:
-            length = max(1, min(int(length), spec.max_seqlen))
-            ids = torch.zeros(1, length, dtype=torch.long, device=forward.encoder.refs[0].tensor().device)
-            forward.encoder.run(Request(ids, None, None))
+        encoder = forward.encoder
+        device = encoder.refs[0].tensor().device
+        for entry in lengths:
+            notes = [entry] if isinstance(entry, int) else list(entry)
+            sizes = torch.tensor([max(1, min(int(n), encoder.spec.max_seqlen)) for n in notes])
+            mask = torch.arange(int(sizes.max())) < sizes[:, None]
+            ids = torch.zeros(mask.shape, dtype=torch.long, device=device)
+            encoder.run(Request(ids, mask.to(device), None), asked=True)
 
 
 def report(model: Any) -> Report:
@@ -225,6 +233,7 @@ def report(model: Any) -> Report:
                 facts=forward.encoder.describe(),
                 canary_error=forward.canary_error,
                 refused=None,
+                verified=forward.verified,  # type: ignore[arg-type]
             )
         )
     for path, module, reason in patch.find_refused(model):

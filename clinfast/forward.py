@@ -41,6 +41,14 @@ OTHER_REASONS = "other reasons"
 _lock = threading.Lock()
 
 
+class _Changed(Exception):
+    """The module was found changed after the device had been given its work."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class _PerThread(threading.local):
     count = 0
 
@@ -62,11 +70,12 @@ class PatchedForward:
         canary_error: largest difference from stock that was seen before the model was handed over.
         strict: raise `StrictError` where stock would have to run.
         inference_only: no gradients are wanted, whatever the grad mode.
+        verified: what `verify` last found, or None.
     """
 
     __slots__ = (
         "__signature__", "__weakref__", "_armed", "_module", "_paused", "_paused_here", "_warned",
-        "calls_fast", "calls_stock", "canary_error", "fallbacks", "inference_only", "strict",
+        "calls_fast", "calls_stock", "canary_error", "fallbacks", "inference_only", "strict", "verified",
     )  # fmt: skip
 
     __name__ = "forward"  # functools.update_wrapper and pickling of bound methods ask for it
@@ -82,6 +91,7 @@ class PatchedForward:
         self.strict, self.inference_only = strict, inference_only
         self.calls_fast = self.calls_stock = 0
         self.canary_error: float | None = None
+        self.verified: object = None
         self.fallbacks: Counter[str] = Counter()
         self._warned: dict[str, object] = {}
         self._armed = _Armed(match, encoder, Guard(module, match, inference_only=inference_only))
@@ -144,11 +154,23 @@ class PatchedForward:
             return call(module, armed, args, kwargs)
         if self._paused_here.count:
             return self._fall_back(module, armed, DISABLED, args, kwargs)
-        request = armed.guard.admit(module, args, kwargs)
+        guard, encoder = armed.guard, armed.encoder
+        later = encoder.graphs is not None
+        request = guard.admit(module, args, kwargs, settled_later=later)
         if not isinstance(request, Request):
-            return self._fall_back(module, armed, request, args, kwargs)
+            # A mistake in the arguments of a module that changed is stock's to judge.
+            changed = guard.changed(module) if later and request.mistake is not None else None
+            return self._fall_back(module, armed, changed or request, args, kwargs)
+
+        def check() -> None:
+            found = guard.changed(module)
+            if found is not None:
+                raise _Changed(found)
+
         try:
-            output = armed.encoder.run(request)
+            output = encoder.run(request, check) if later else encoder.run(request)
+        except _Changed as changed_module:
+            reason = changed_module.reason
         except (NotServed, Unsupported) as refusal:
             reason = Reason(str(refusal))
         else:

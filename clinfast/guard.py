@@ -99,15 +99,21 @@ class Guard:
         self.word = match.parameters["embedding.word.weight"].module._parameters
         self.snapshot = Snapshot(module, match)
 
-    def admit(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request | Reason:
-        """The call as a request, or the reason why the stock forward has to run."""
+    def admit(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, settled_later: bool = False
+    ) -> Request | Reason:
+        """The call as a request, or the reason why the stock forward has to run.
+
+        `settled_later` leaves out the module's structure, which the caller asks `changed` about before it hands out a
+        result.
+        """
         if self.learning(module):
             return TRAINING if module.training else GRAD
         if os.environ.get("CLINFAST_DISABLE", "0") not in ("0", ""):
             return SWITCHED_OFF
         if type(module) is not self.cls or self.cls.forward is not self.stock:
             return CLASS_CHANGED
-        found = self.snapshot.reason(module)
+        found = None if settled_later else self.snapshot.reason(module)
         if found is not None:
             return found
         device = self.word["weight"].device  # type: ignore[union-attr]
@@ -122,6 +128,10 @@ class Guard:
         if self.zero_or_one and request.attention_mask is not None and _odd_values(request.attention_mask):
             return ODD_MASK
         return self._flat(request)
+
+    def changed(self, module: nn.Module) -> Reason | None:
+        """Why the module no longer computes what was matched, or None."""
+        return self.snapshot.reason(module)
 
     def admit_compiling(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request | None:
         """`admit` in code that torch.compile traces: no values, no pointers, no words.

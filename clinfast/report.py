@@ -12,7 +12,7 @@ class UnitReport:
     """One optimized (or refused) module.
 
     `canary_error` is the largest absolute difference from stock on the canary batch; `refused` says why the module
-    was left stock, and is None where it was not.
+    was left stock, and is None where it was not; `verified` is what `verify` last found.
     """
 
     path: str
@@ -23,6 +23,7 @@ class UnitReport:
     facts: dict[str, Any]
     canary_error: float | None
     refused: str | None
+    verified: Verification | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +69,20 @@ class Report:
                 f"    linears: {linears}; kernels: {self.isa or 'torch'}; extra memory "
                 f"{facts['packed_bytes'] / 2**20:.0f} MiB; same note, same bits: {same_bits}"
             )
+            graphs = facts.get("graphs")
+            if graphs is not None:
+                state = f"off: {graphs['off']}" if graphs["off"] else f"{graphs['bytes'] / 2**20:.0f} MiB"
+                lines.append(
+                    f"    CUDA graphs: {graphs['captured']} captured, {graphs['replays']} replays, {state}"
+                )
+                lines += [f"    {count} x op by op: {why}" for why, count in sorted(graphs["op_by_op"].items())]
             if unit.canary_error is not None:
                 lines.append(f"    largest difference from stock on the canary batch: {unit.canary_error:.1e}")
+            if unit.verified is not None:
+                lines.append(
+                    f"    error against float64 as verify measured it: ours {unit.verified.ours_error:.1e}, stock "
+                    f"{unit.verified.stock_error:.1e}"
+                )
             lines += [f"    {count} x stock: {reason}" for reason, count in sorted(unit.fallbacks.items())]
         return "\n".join(lines)
 

@@ -125,8 +125,8 @@ def verify_module(module: nn.Module, inputs: Any, tolerance: float | None) -> Ve
             measure = stock if measure_model is None else tensors_of(measure_model(**batch))
             tally.add_batch(ours, stock, measure, exact, batch.get("attention_mask"))
     new = {k: n - before.get(k, 0) for k, n in forward.fallbacks.items() if n > before.get(k, 0)}
-    return Verification(
-        passed=tally.passed(tolerance, max(computed.eps, torch.finfo(encoder.model_dtype).eps)),
+    forward.verified = verification = Verification(
+        passed=tally.passed(tolerance, max(torch.finfo(encoder.coarsest).eps, torch.finfo(encoder.model_dtype).eps)),
         tolerance=tolerance,
         max_difference=tally.worst,
         ours_error=tally.ours_error,
@@ -136,6 +136,7 @@ def verify_module(module: nn.Module, inputs: Any, tolerance: float | None) -> Ve
         batches=len(batches),
         fallbacks=new,
     )
+    return verification
 
 
 def _difference(a: Tensor, b: Tensor, mask: Tensor | None) -> float:

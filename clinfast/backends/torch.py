@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clinfast.ops.linear import activate
+from clinfast.ops.packing import PackedBuffers, PackInto
 
 
 def layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -139,6 +140,56 @@ def pack(
     return cu_seqlens, indices, seqused_k, facts
 
 
+def pack_into(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    constants: PackInto,
+    rows: int,
+    notes: int,
+    buffers: PackedBuffers,
+) -> None:
+    """`pack`, then `place`."""
+    vocab_size, types, _, _, keep_padding = constants
+    packed = pack(input_ids, attention_mask, token_type_ids, vocab_size, types, keep_padding)
+    place(input_ids, token_type_ids, packed, constants, rows, notes, buffers)
+
+
+def place(
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    packed: tuple[Tensor, Tensor, Tensor, Tensor],
+    constants: PackInto,
+    rows: int,
+    notes: int,
+    buffers: PackedBuffers,
+) -> None:
+    """What `pack` of any backend returned, into `buffers`."""
+    cu_seqlens, indices, seqused_k, facts = packed
+    (batch, seqlen), held = input_ids.shape, min(rows, indices.shape[0])
+    at = torch.arange(held, device=indices.device)
+    # Entries past the tokens mean nothing, and are not to be followed.
+    at = torch.where(at < facts[0], indices[:held], 0).long()
+    ids = input_ids.reshape(-1)[at]
+    buffers.input_ids[:held] = torch.where((ids < 0) | (ids >= constants.vocab_size), 0, ids)
+    if token_type_ids is None:
+        buffers.token_type_ids[:held] = 0
+    else:
+        types = token_type_ids.reshape(-1)[at]
+        buffers.token_type_ids[:held] = torch.where((types < 0) | (types >= constants.type_vocab_size), 0, types)
+    if constants.padding_idx is None:
+        buffers.position_ids[:held] = at % max(seqlen, 1) + constants.position_offset
+    else:
+        buffers.position_ids[:held] = position_ids(input_ids, constants.padding_idx).reshape(-1)[at]
+    buffers.indices[:held] = at
+    buffers.cu_seqlens[: batch + 1] = cu_seqlens
+    buffers.cu_seqlens[batch + 1 : notes + 1] = cu_seqlens[-1]
+    buffers.cu_seqlens[notes + 1] = rows
+    buffers.seqused_k[:batch] = seqused_k
+    buffers.seqused_k[batch : notes + 1] = 0
+    buffers.facts.copy_(facts)
+
+
 def position_ids(input_ids: Tensor, padding_idx: int) -> Tensor:
     counts = input_ids.ne(padding_idx).int()
     return counts.cumsum(1, dtype=torch.int32).mul_(counts).add_(padding_idx)
@@ -196,7 +247,10 @@ def attention(
 
 
 def implementations() -> dict[str, Callable[..., Any]]:
+    from clinfast.backends import fp8  # which has this module's functions in it
+
     return {
+        **fp8.IMPLEMENTATIONS,
         "attention": attention,
         "embedding": embedding,
         "gelu": gelu,
@@ -204,6 +258,7 @@ def implementations() -> dict[str, Callable[..., Any]]:
         "linear": linear,
         "linear.prepack": FallbackLinear,
         "pack": pack,
+        "pack.into": pack_into,
         "pooling": pooling,
         "position_ids": position_ids,
         "unpack": unpack,

@@ -128,7 +128,8 @@ def _make(facts: _Call, weights: list[Tensor]) -> tuple[PackedWeights, Fingerpri
     holder: Any = SimpleNamespace(_parameters=tensors)
     fingerprint = Fingerprint([ParameterRef(holder, name) for name in names])
     dtype = precisions.resolve(facts.precision, weights[0].dtype, weights[0].device.type)
-    return pack_weights(facts.spec, facts.head, tensors, dtype, facts.backend), fingerprint
+    kind = "fp8" if facts.precision == "fp8" else ""
+    return pack_weights(facts.spec, facts.head, tensors, dtype, facts.backend, kind), fingerprint
 
 
 def _fake(

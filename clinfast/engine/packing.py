@@ -15,7 +15,7 @@ class PackedBatch(NamedTuple):
     """Where each packed token came from.
 
     `cu_seqlens` [B + 1] int32; `indices` [T] int32, flat positions in the [B, S] batch; `seqused_k` [B] int32 real
-    lengths, or None where every packed token is real.
+    lengths, or None where every packed token is real; `position_ids` [B, S] int32 where they were counted already.
     """
 
     cu_seqlens: Tensor
@@ -25,6 +25,7 @@ class PackedBatch(NamedTuple):
     max_seqlen: int
     batch: int
     seqlen: int
+    position_ids: Tensor | None = None
 
 
 def pack(
@@ -42,7 +43,16 @@ def pack(
     cu_seqlens, indices, seqused_k, facts = op(
         input_ids, mask, token_type_ids, spec.vocab_size, types, keep_padding
     )
-    tokens, max_seqlen, _, bad_id_at, bad_type_at, first_masked_note = facts.tolist()
+    tokens, max_seqlen = check_facts(facts.tolist(), request, spec, first_token=first_token)
+    kept = seqused_k if keep_padding and mask is not None else None
+    return PackedBatch(cu_seqlens, indices[:tokens], kept, tokens, max_seqlen, batch, seqlen)
+
+
+def check_facts(facts: list[int], request: Request, spec: EncoderSpec, *, first_token: bool) -> tuple[int, int]:
+    """Tokens and the longest note, from what the op `pack` reports. Raises as `pack` does."""
+    tokens, max_seqlen, _, bad_id_at, bad_type_at, first_masked_note = facts
+    input_ids, _, token_type_ids = request[:3]
+    types = spec.type_vocab_size
     if bad_id_at >= 0:
         raise out_of_range("input_ids", input_ids, bad_id_at, spec.vocab_size, "vocabulary", "config.vocab_size")
     if bad_type_at >= 0 and token_type_ids is not None:
@@ -51,8 +61,7 @@ def pack(
         )
     if first_token and first_masked_note >= 0:
         raise NotServed("column 0 is masked (left padding) under a first-token head")
-    kept = seqused_k if keep_padding and mask is not None else None
-    return PackedBatch(cu_seqlens, indices[:tokens], kept, tokens, max_seqlen, batch, seqlen)
+    return tokens, max_seqlen
 
 
 def out_of_range(name: str, values: Tensor, at: int, size: int, table: str, field: str) -> IndexError:

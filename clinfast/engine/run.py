@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,43 @@ def run(
         first_token=head.reads_first_token and not column_zero,
     )
     if not batch.tokens:
-        return _no_tokens(executor.spec.hidden_size, head, batch, request, dtype)
+        return no_tokens(executor.spec.hidden_size, head, batch, request, dtype)
+    packed = compute(executor, weights, head, request, batch, column_zero=column_zero)
+    return spread(executor, weights, head, request, batch, packed, dtype)
+
+
+class PackedOutput(NamedTuple):
+    """What the encoder and its head give on packed rows.
+
+    `hidden_states` [T, H]; where the head needs first tokens only, [B, H]. `branches`: [B, N] or [T, N], one for each
+    of the head's; None for those that `spread` computes (`is_late`).
+    """
+
+    hidden_states: Tensor
+    branches: tuple[Tensor | None, ...]
+
+
+def is_late(branch: Branch) -> bool:
+    """Whether a branch goes from the hidden states to padded rows at once: too large, or for chosen positions."""
+    return branch.rows == "per_token" and (branch.selectable or _scattered(branch))
+
+
+def _scattered(branch: Branch) -> bool:
+    last = branch.layers[-1]
+    bare = last.activation == "none" and last.eps is None and branch.pads == "zero"
+    return branch.out_features >= SCATTERED_OUTPUTS and bare
+
+
+def compute(
+    executor: EagerExecutor,
+    weights: PackedWeights,
+    head: HeadSpec,
+    request: Request,
+    batch: PackedBatch,
+    *,
+    column_zero: bool = False,
+) -> PackedOutput:
+    """All that needs no length on the host, hence may stand in a CUDA graph (but for `column_zero`)."""
     if head.only_first_tokens and not column_zero:
         x = first = executor.first_hidden_states(weights, request, batch)
     else:
@@ -51,16 +89,35 @@ def run(
             first = _unpack(executor, x, batch, x.dtype)[:, 0].contiguous()
         elif head.reads_first_token:
             first = executor.first_token(x, batch)
+    results = [
+        None if is_late(branch) else _dense(executor, branch, layers, first if branch.rows == "first_token" else x)
+        for branch, layers in zip(head.branches, weights.branches, strict=True)
+    ]
+    return PackedOutput(x, tuple(results))
+
+
+def spread(
+    executor: EagerExecutor,
+    weights: PackedWeights,
+    head: HeadSpec,
+    request: Request,
+    batch: PackedBatch,
+    packed: PackedOutput,
+    dtype: torch.dtype,
+    *,
+    copy: bool = False,
+) -> EncoderOutput:
+    """Padded outputs; `copy` where `packed` is memory that the next call writes to."""
+    x = packed.hidden_states
     hidden = _unpack(executor, x, batch, dtype) if head.hidden_states else None
     results = []
-    for branch, layers in zip(head.branches, weights.branches, strict=True):
-        if branch.rows == "first_token":
-            results.append(_dense(executor, branch, layers, first).to(dtype))
-        elif branch.selectable and request.positions is not None:
-            rows = rows_of(request.positions, batch)
-            results.append(_dense(executor, branch, layers, x[rows]).to(dtype))
+    for branch, layers, y in zip(head.branches, weights.branches, packed.branches, strict=True):
+        if y is None:
+            results.append(_late(executor, branch, layers, x, request, batch, dtype))
+        elif branch.rows == "first_token":
+            results.append(y.to(dtype, copy=copy))
         else:
-            results.append(_per_token(executor, branch, layers, x, batch, dtype))
+            results.append(_padded(executor, branch, y, batch, dtype))
     return EncoderOutput(hidden, tuple(results))
 
 
@@ -73,29 +130,35 @@ def _dense(executor: EagerExecutor, branch: Branch, layers: tuple[PackedDense, .
     return x
 
 
-def _per_token(
+def _late(
     executor: EagerExecutor,
     branch: Branch,
     layers: tuple[PackedDense, ...],
     x: Tensor,
+    request: Request,
     batch: PackedBatch,
     dtype: torch.dtype,
 ) -> Tensor:
-    last, outputs = branch.layers[-1], branch.out_features
-    shape = (batch.batch, batch.seqlen, outputs)
-    if outputs >= SCATTERED_OUTPUTS and last.activation == "none" and last.eps is None and branch.pads == "zero":
-        x = _dense(executor, branch, layers[:-1], x)
-        out = lazy_zeros((batch.batch * batch.seqlen, outputs), dtype, x.device)
-        layers[-1].linear.scatter(x, batch.indices, out)
-        return out.view(shape)
-    x = _dense(executor, branch, layers, x)
+    if branch.selectable and request.positions is not None:
+        rows = rows_of(request.positions, batch)
+        return _dense(executor, branch, layers, x[rows]).to(dtype)
+    if not _scattered(branch):
+        return _padded(executor, branch, _dense(executor, branch, layers, x), batch, dtype)
+    x = _dense(executor, branch, layers[:-1], x)
+    out = lazy_zeros((batch.batch * batch.seqlen, branch.out_features), dtype, x.device)
+    layers[-1].linear.scatter(x, batch.indices, out)
+    return out.view(batch.batch, batch.seqlen, branch.out_features)
+
+
+def _padded(executor: EagerExecutor, branch: Branch, y: Tensor, batch: PackedBatch, dtype: torch.dtype) -> Tensor:
     if branch.pads == "zero":
-        return _unpack(executor, x, batch, dtype)
-    padded = _pads(branch, (batch.batch * batch.seqlen, outputs), dtype, x.device)
-    return padded.index_copy_(0, batch.indices.long(), x.to(dtype)).view(shape)
+        return _unpack(executor, y, batch, dtype)
+    padded = _pads(branch, (batch.batch * batch.seqlen, branch.out_features), dtype, y.device)
+    padded.index_copy_(0, batch.indices.long(), y.to(dtype))
+    return padded.view(batch.batch, batch.seqlen, branch.out_features)
 
 
-def _no_tokens(
+def no_tokens(
     hidden_size: int, head: HeadSpec, batch: PackedBatch, request: Request, dtype: torch.dtype
 ) -> EncoderOutput:
     """A batch that is all padding, under a head that does not read the first token."""

@@ -68,18 +68,27 @@ class PackedWeights:
 
 
 def pack_weights(
-    spec: EncoderSpec, head: HeadSpec, tensors: dict[str, Tensor], dtype: torch.dtype, backend: str
+    spec: EncoderSpec,
+    head: HeadSpec,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    backend: str,
+    kind: str = "",
 ) -> PackedWeights:
-    """Copy the linears into the layout of the backend, in `dtype`; embedding tables are used where they lie."""
+    """Copy the linears into the layout of the backend, in `dtype`; embedding tables are used where they lie.
+
+    `kind` is that of `ops.linear.prepack`; fp8 is for the linears of the layers only.
+    """
     _check(spec, head, tensors)
     copied: list[int] = []
 
     def linear(*stems: str) -> PackedLinear:
+        own = kind if kind != "fp8" or stems[0].startswith("layers.") else ""
         weights = [tensors[f"{stem}.weight"] for stem in stems]
         biases = [tensors[f"{stem}.bias"] for stem in stems]
         weight = weights[0] if len(stems) == 1 else torch.cat([w.detach() for w in weights])
         bias = biases[0] if len(stems) == 1 else torch.cat([b.detach() for b in biases])
-        packed = prepack(weight, bias, dtype, backend)
+        packed = prepack(weight, bias, dtype, backend, own)
         copied.append(packed.nbytes)
         return packed
 

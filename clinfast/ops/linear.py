@@ -92,6 +92,12 @@ class PackedLinear(Protocol):
         """
 
 
-def prepack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str = "auto") -> PackedLinear:
-    """Lay `weight` [out_features, in_features] out in `dtype` for the chosen backend. The source is copied."""
-    return registry.implementation("linear.prepack", backend, weight.device.type)(weight, bias, dtype)
+def prepack(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str = "auto", kind: str = ""
+) -> PackedLinear:
+    """Lay `weight` [out_features, in_features] out in `dtype` for the chosen backend. The source is copied.
+
+    `kind`: `"fp8"` multiplies in e4m3, `"fixed"` in the same tiles at any number of rows; by default as is fastest.
+    """
+    name = f"linear.prepack_{kind}" if kind else "linear.prepack"
+    return registry.implementation(name, backend, weight.device.type)(weight, bias, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -191,3 +192,46 @@ def position_ids(input_ids: Tensor, padding_idx: int) -> Tensor:
         ValueError: a shape or dtype that the kernels do not take.
     """
     return torch.ops.clinfast.position_ids(input_ids, padding_idx)
+
+
+class PackedBuffers(NamedTuple):
+    """Memory of a fixed address that `pack.into` fills: a packed batch of at most R rows and N notes.
+
+    The notes are followed by empty ones and, as note number `notes`, the rows that nobody asked for, which have no
+    keys: so boundaries and lengths are valid whatever the batch.
+
+    Attributes:
+        input_ids, token_type_ids, position_ids, indices: [R] int32. Rows past the batch's keep values of an earlier
+            one, or zeros: always in range. Ids out of range, which the facts report, become 0.
+        cu_seqlens: [N + 2] int32; seqused_k: [N + 1] int32.
+        facts: [6] int64, as of `pack`.
+    """
+
+    input_ids: Tensor
+    token_type_ids: Tensor
+    position_ids: Tensor
+    indices: Tensor
+    cu_seqlens: Tensor
+    seqused_k: Tensor
+    facts: Tensor
+
+    @classmethod
+    def of(cls, rows: int, notes: int, device: torch.device) -> PackedBuffers:
+        sizes = (rows, rows, rows, rows, notes + 2, notes + 1)
+        vectors = [torch.zeros(size, dtype=torch.int32, device=device) for size in sizes]
+        return cls._make([*vectors, torch.zeros(len(FACTS), dtype=torch.int64, device=device)])
+
+
+class PackInto(NamedTuple):
+    """The constants of `pack.into`, an op without a schema: `implementation("pack.into", ...)` is a function
+    (input_ids, attention_mask, token_type_ids, constants, rows, notes, buffers) that packs as `pack` does and fetches
+    nothing to the host. `rows` and `notes` are how much of the buffers is in use: at least the batch's own.
+
+    Positions are column + `position_offset`, or counted as `position_ids` does where `padding_idx` is not None.
+    """
+
+    vocab_size: int
+    type_vocab_size: int
+    position_offset: int
+    padding_idx: int | None
+    keep_padding: bool

@@ -16,6 +16,8 @@ FLOATS = ("bf16", "fp16", "fp32")
 # [batch, seqlen] tiles of `pack_kernel`, the smallest that holds the batch is taken.
 PACK_TILES = ((1, 128), (1, 512), (8, 128), (8, 512), (32, 128))
 PACK_BLOCK = 512
+# More than the notes that a bucket of graphs with such a tile has room for.
+PACK_INTO_NOTES = 64
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
@@ -61,6 +63,14 @@ KERNELS = {
         "vocab_size:i type_vocab_size:i has_mask:i has_types:i keep_padding:i ids_row:i ids_column:i mask_row:i "
         "mask_column:i types_row:i types_column:i",
         "BLOCK_B BLOCK_S",
+    ),
+    "pack_into_kernel": Kernel.of(
+        "packing_buffers",
+        "ids_ptr:p mask_ptr:p types_ptr:p out_ids_ptr:p out_types_ptr:p positions_ptr:p indices_ptr:p cu_seqlens_ptr:p "
+        "seqused_ptr:p facts_ptr:p batch:i seqlen:i rows:i notes:i vocab_size:i type_vocab_size:i position_offset:i "
+        "padding_idx:i has_mask:i has_types:i keep_padding:i counts_positions:i ids_row:i ids_column:i mask_row:i "
+        "mask_column:i types_row:i types_column:i",
+        "BLOCK_B BLOCK_S BLOCK_N",
     ),
     "pack_count_kernel": Kernel.of(
         "packing",
@@ -153,7 +163,7 @@ NORM = {"weight_ptr": "fp32", "shift_ptr": "fp32", "bias_ptr": "fp32"}
 IDS = {name: "i64" for name in ("ids_ptr", "types_ptr", "facts_ptr")}
 INTEGERS = dict.fromkeys(
     ("indices_ptr", "positions_ptr", "cu_seqlens_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_ptr", "bad_ptr",
-     "tiles_ptr", "out_ptr"), "i32",
+     "tiles_ptr", "out_ptr", "out_ids_ptr", "out_types_ptr"), "i32",
 )  # fmt: skip
 
 
@@ -187,6 +197,7 @@ def _packing() -> Iterator[Variant]:
         pointers = INTEGERS | IDS | {"mask_ptr": mask}
         for tile in PACK_TILES:
             yield make("pack_kernel", pointers, tile, pack_warps(*tile))
+            yield make("pack_into_kernel", pointers, (*tile, PACK_INTO_NOTES), pack_warps(*tile))
         yield make("pack_count_kernel", pointers, (PACK_BLOCK,))
         yield make("pack_place_kernel", pointers, (PACK_BLOCK,))
     yield make("position_ids_kernel", INTEGERS | IDS, (PACK_BLOCK,))

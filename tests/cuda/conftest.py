@@ -15,6 +15,7 @@ import torch
 from clinfast.backends.cuda import native
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from emulation import build

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from engine_fakes import encoder_of, with_graphs
 from transformers import BertConfig, BertForTokenClassification, RobertaConfig, RobertaForSequenceClassification
 
 import clinfast
@@ -32,6 +33,24 @@ def models(dtype):
     bert = BertForTokenClassification(BertConfig(**SIZES, num_labels=5))
     roberta = RobertaForSequenceClassification(RobertaConfig(**SIZES, num_labels=3, max_position_embeddings=64))
     return [model.to(dtype).eval() for model in (bert, roberta)]
+
+
+def test_graphs_on_these_kernels(backend_everywhere):
+    """The tail of a bucket is a note without keys; on the CPU with a stand-in for the graph."""
+    if backend_everywhere.on_gpu:
+        pytest.skip("tests/gpu has graphs on a GPU")
+    for model in models(torch.float32):
+        clinfast.optimize(model, backend="cuda", strict=True)
+        for lengths in ([23, 7, 1, 15], [3]):
+            mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+            ids = torch.randint(3, 60, mask.shape, generator=torch.Generator().manual_seed(1)) * mask + 1 - mask
+            with torch.inference_mode():
+                encoder_of(model).graphs = None
+                expected = model(ids, mask).logits
+                driver, _ = with_graphs(model)
+                ours = model(ids, mask).logits
+            assert driver.replays == 1
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("padding", ["remove", "keep"])

@@ -17,6 +17,8 @@ from clinfast.backends.cuda.native import (
     stream,
 )
 from clinfast.backends.cuda.values import check_indices
+from clinfast.backends.torch import place
+from clinfast.ops.packing import PackedBuffers, PackInto
 
 ID_BYTES = {torch.int64: 8, torch.int32: 4}
 # The kernel's mask types are named by their bytes; bool and the 8-bit integers read the same.
@@ -137,8 +139,24 @@ def position_ids(input_ids: Tensor, padding_idx: int) -> Tensor:
     return out
 
 
+def pack_into(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    constants: PackInto,
+    rows: int,
+    notes: int,
+    buffers: PackedBuffers,
+) -> None:
+    """`pack`, and PyTorch for the rest."""
+    vocab_size, types, _, _, keep_padding = constants
+    packed = pack(input_ids, attention_mask, token_type_ids, vocab_size, types, keep_padding)
+    place(input_ids, token_type_ids, packed, constants, rows, notes, buffers)
+
+
 IMPLEMENTATIONS = {
     "pack": pack,
+    "pack.into": pack_into,
     "position_ids": position_ids,
     "unpack": unpack,
     "unpack.prechecked": unpack_prechecked,

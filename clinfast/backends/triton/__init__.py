@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-MODULES = ("attention", "embedding", "gelu", "layer_norm", "linear", "packing", "pooling")
+MODULES = ("attention", "embedding", "fp8", "gelu", "layer_norm", "linear", "packing", "packing_buffers", "pooling")
 
 
 @functools.cache

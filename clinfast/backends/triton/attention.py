@@ -174,4 +174,14 @@ def attention(
     return result
 
 
-IMPLEMENTATIONS = {"attention": attention, "attention.prechecked": prechecked}
+@or_torch("attention")
+def fixed(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None, scale: float
+) -> Tensor:
+    """`prechecked` in the tiles of long notes, whatever the batch: a note has the same bits in any."""
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    tiles = configs.attention(device.device_class(device.index_of(q)), q.itemsize, q.shape[2], "long")
+    return extended(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale, heads_together=1, tiles=tiles)
+
+
+IMPLEMENTATIONS = {"attention": attention, "attention.prechecked": prechecked, "attention.fixed": fixed}

@@ -91,6 +91,9 @@ class Cubin:
 
     def fire(self, grid: tuple[int, int, int], args: tuple[Any, ...]) -> bool:
         """False where the arguments are not aligned as the cubin takes them."""
+        if not self._descriptors:
+            plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in args if a is not None]
+            return bool(self._launch(self._handle, stream(self.index), *grid, *plain))
         flat: list[Any] = []
         at = 0
         for value in args:

@@ -57,16 +57,24 @@ def launch(
     """
     first = args[0]
     index = device.index_of(first.tensor if type(first) is Matrix else first)
-    kinds = tuple([a.dtype if isinstance(a, (Tensor, Matrix)) else type(a) for a in args])
-    key = (name, index, num_warps, num_stages, constants, kinds)
-    run = _runners.get(key)
-    if run is None:
-        run = _runners[key] = _prepare(name, index, args, constants, num_warps, num_stages)
+    run = runner(name, index, args, constants, num_warps, num_stages)
     if device.TYPE == "cuda" and index != torch.cuda.current_device():
         with torch.cuda.device(index):
             run(grid, args)
     else:
         run(grid, args)
+
+
+def runner(
+    name: str, index: int, args: tuple[Any, ...], constants: tuple[Any, ...], num_warps: int = 4, num_stages: int = 2
+) -> Runner:
+    """What launches `name` for arguments of these types on device `index`, which must be the current one then."""
+    kinds = tuple([a.dtype if isinstance(a, (Tensor, Matrix)) else type(a) for a in args])
+    key = (name, index, num_warps, num_stages, constants, kinds)
+    run = _runners.get(key)
+    if run is None:
+        run = _runners[key] = _prepare(name, index, args, constants, num_warps, num_stages)
+    return run
 
 
 def _prepare(

@@ -13,6 +13,8 @@ from clinfast.backends.triton.launch import KernelUnavailable, Matrix, launch
 from clinfast.ops.linear import ACTIVATIONS
 from clinfast.triton_kernels import configs
 
+# The rows whose tiles `FixedLinear` takes.
+FIXED_ROWS = 1024
 CHOICES = ("", "clinfast", "torch")
 
 
@@ -114,6 +116,28 @@ class GpuLinear:
             raise ValueError(f"linear: activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
 
 
+class FixedLinear(GpuLinear):
+    """Our product in the same tiles at every number of rows, and never split along K: the library chooses by shape, so
+    that a row's bits depend on the rows beside it."""
+
+    __slots__ = ()
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(weight, bias, dtype)
+        self.library = "Triton, fixed tiles"
+
+    def __call__(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+        self._check(x, activation, residual)
+        if not x.shape[0]:
+            return torch.empty((0, self.out_features), dtype=self.dtype, device=x.device)
+        of_class = device.device_class(self._index)
+        tiles = configs.linear(of_class, self.dtype.itemsize, self.in_features, self.out_features, FIXED_ROWS)
+        try:
+            return self.product(x, activation, residual, tiles)
+        except KernelUnavailable as reason:
+            raise NotImplementedError(f"reproducible=True needs a product of fixed tiles: {reason}") from None
+
+
 def programs(tiles: configs.Linear) -> int:
     """Programs that one multiprocessor holds at once, by their shared memory: one of eight warps and its stages, or two
     smaller ones."""
@@ -125,4 +149,4 @@ def _suits_tma(matrix: Tensor) -> bool:
     return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.itemsize % 16 == 0 and matrix.stride(1) == 1
 
 
-IMPLEMENTATIONS = {"linear": linear, "linear.prepack": GpuLinear}
+IMPLEMENTATIONS = {"linear": linear, "linear.prepack": GpuLinear, "linear.prepack_fixed": FixedLinear}

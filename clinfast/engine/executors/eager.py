@@ -47,15 +47,18 @@ class EagerExecutor:
 
     def _embed(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
         x: Tensor = self.embedding(
-            request.input_ids, request.token_type_ids, batch.indices, self._positions(request.input_ids), weights.word,
+            request.input_ids, request.token_type_ids, batch.indices, self._positions(request, batch), weights.word,
             weights.position, weights.token_type, *weights.embedding_norm, self.spec.eps, self.spec.position_offset,
             weights.dtype,
         )  # fmt: skip
         return x if weights.embedding_projection is None else weights.embedding_projection(x)
 
-    def _positions(self, input_ids: Tensor) -> Tensor | None:
+    def _positions(self, request: Request, batch: PackedBatch) -> Tensor | None:
         padding_idx = self.spec.position_padding_idx
-        return None if padding_idx is None else self.position_ids(input_ids, padding_idx)
+        if batch.position_ids is not None or padding_idx is None:
+            return batch.position_ids
+        ids: Tensor = self.position_ids(request.input_ids, padding_idx)
+        return ids
 
     def _whole_layers(self, weights: PackedWeights, x: Tensor, batch: PackedBatch) -> Tensor:
         for layer in weights.layers:

@@ -11,7 +11,7 @@ collect_ignore_glob = [] if INTERPRETING else ["test_*.py"]
 
 if INTERPRETING:
     here = Path(__file__).parent
-    sys.path[:0] = [str(here), str(here.parents[1] / "ops")]
+    sys.path[:0] = [str(here), str(here.parents[1] / "ops"), str(here.parents[1] / "engine")]
     import torch
     from interpreter import install
 

@@ -80,6 +80,7 @@ def as_mask(mask):
 def install() -> None:
     builder = interpreter.InterpreterBuilder
     cast, binary, dot = builder.cast_impl, builder.binary_op, builder.create_dot
+    fp_to_fp = builder.create_fp_to_fp
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def cast_impl(self, src, dst_type):
@@ -90,6 +91,13 @@ def install() -> None:
         if target == tl.bfloat16:
             return interpreter.TensorHandle(encode(values), target)
         return interpreter.TensorHandle(values.astype(interpreter._get_np_dtype(target)), target)
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if dst_type.scalar != tl.float8e4nv:
+            return fp_to_fp(self, src, dst_type, rounding_mode)
+        # The interpreter halves a value that rounds up to a power of two.
+        values = torch.from_numpy(np.ascontiguousarray(floats(src), np.float32))
+        return interpreter.TensorHandle(values.to(torch.float8_e4m3fn).view(torch.uint8).numpy(), tl.float8e4nv)
 
     def binary_op(self, lhs, rhs, op):
         if lhs.dtype.scalar != tl.bfloat16:
@@ -123,6 +131,7 @@ def install() -> None:
         return store(self, ptrs, value, mask, *rest, **options)
 
     builder.cast_impl, builder.binary_op, builder.create_dot = cast_impl, binary_op, create_dot
+    builder.create_fp_to_fp = create_fp_to_fp
     builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
 
     executor = interpreter.GridExecutor

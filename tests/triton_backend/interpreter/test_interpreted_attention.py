@@ -193,3 +193,16 @@ def test_bad_options_are_named():
         backend.extended(*args, bias=torch.zeros(2, 4))
     with pytest.raises(ValueError, match="head_dim is 257"):
         op.attention(*([torch.zeros(4, 2, 257)] * 3), boundaries([4]), boundaries([4]), None, 1.0)
+
+
+def test_fixed_tiles_give_a_note_the_same_bits_in_any_batch(dtype):
+    """Where `prechecked` would take other tiles: a note of 12 tokens among short ones, and beside a long one."""
+    lengths = [12, 3, 16, 9]
+    args = case([*lengths, 200], 4, 64, dtype)
+    whole = check(args, backend.fixed(*args))
+    q, k, v, cu_seqlens, _, used, scale = args
+    tokens = sum(lengths)
+    few = cu_seqlens[: len(lengths) + 1].contiguous()
+    used = None if used is None else used[: len(lengths)]
+    alone = backend.fixed(q[:tokens], k[:tokens], v[:tokens], few, few, used, scale)
+    assert torch.equal(alone, whole[:tokens])

@@ -4,8 +4,9 @@ from helpers import assert_within_budget, offset_view
 from test_linear import case, exact_of
 
 from clinfast.backends.triton import launch
-from clinfast.backends.triton.linear import GpuLinear
+from clinfast.backends.triton.linear import FIXED_ROWS, FixedLinear, GpuLinear
 from clinfast.ops import linear as op
+from clinfast.triton_kernels import configs
 from clinfast.triton_kernels.configs import Linear
 
 SMALL = Linear(32, 32, 32, 2, 4, 2, False)
@@ -86,3 +87,15 @@ def test_prepack_copies_and_names_bad_arguments():
 def test_nothing_in_nothing_out():
     _, weight, bias, _ = case(1, 32, 9, torch.float16)
     assert GpuLinear(weight, bias, torch.float16)(torch.empty(0, 32, dtype=torch.float16), "gelu").shape == (0, 9)
+
+
+def test_fixed_tiles_at_every_number_of_rows(card, dtype, monkeypatch):
+    monkeypatch.setattr(configs, "linear", lambda *shape: SMALL if shape[-1] == FIXED_ROWS else None)
+    x, weight, bias, residual = case(90, 64, 40, dtype)
+    linear = FixedLinear(weight, bias, dtype)
+    for activation in ("none", "gelu", "tanh"):
+        whole = linear(x, activation, residual)
+        stock = op.reference(x, weight, bias, activation, residual)
+        assert_within_budget(whole, stock, exact_of(x, weight, bias, activation, residual))
+        for rows in (1, 2, 33, 64):
+            assert torch.equal(linear(x[:rows], activation, residual[:rows]), whole[:rows])

@@ -5,8 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_packing import LAYOUTS, MASK_DTYPES, TYPES, VOCAB, assert_packs_alike, laid_out, unpack_case
 
+from clinfast.backends import torch as stock
 from clinfast.backends.triton import packing as backend
+from clinfast.backends.triton import packing_buffers as into
 from clinfast.ops import packing as op
+from clinfast.ops.packing import PackedBuffers
 
 some = settings(max_examples=25, deadline=None)
 
@@ -107,3 +110,34 @@ def test_position_ids(batch, seqlen, padding_idx, wide, layout):
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(3, 5, dtype=torch.int64))
+
+
+@some
+@given(data=st.data())
+def test_pack_into(data):
+    """As PyTorch does it, on buffers with rows of an earlier batch; rows past the tokens may hold anything in range."""
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    buffers = [PackedBuffers.of(600, 32, torch.device("cpu")) for _ in range(2)]
+    for _ in range(2):
+        batch, seqlen = data.draw(st.sampled_from([(1, 1), (1, 300), (5, 17), (8, 60), (20, 21), (33, 11)]))
+        wide = data.draw(st.sampled_from([torch.int32, torch.int64]))
+        layout = data.draw(st.sampled_from(LAYOUTS))
+        ids = torch.randint(-1 if data.draw(st.booleans()) else 0, VOCAB, (batch, seqlen), generator=g, dtype=wide)
+        types = torch.randint(0, TYPES + 1, (batch, seqlen), generator=g) if data.draw(st.booleans()) else None
+        mask = None
+        if data.draw(st.booleans()):
+            mask = laid_out((torch.rand(batch, seqlen, generator=g) < 0.6).to(torch.int64), layout, 1)
+        padding_idx = data.draw(st.sampled_from([None, 1]))
+        constants = op.PackInto(VOCAB, TYPES, 2, padding_idx, data.draw(st.booleans()))
+        notes = 64 if batch > 32 else data.draw(st.sampled_from([32, batch]))
+        if notes > 32:
+            buffers = [PackedBuffers.of(600, 64, torch.device("cpu")) for _ in range(2)]
+        args = (laid_out(ids, layout, VOCAB), mask, types, constants, 512, notes)
+        into.pack_into(*args, buffers[0])
+        stock.pack_into(*args, buffers[1])
+        tokens = int(buffers[1].facts[0])
+        for name in ("cu_seqlens", "seqused_k", "facts"):
+            assert torch.equal(getattr(buffers[0], name), getattr(buffers[1], name)), name
+        for name in ("input_ids", "token_type_ids", "position_ids", "indices"):
+            assert torch.equal(getattr(buffers[0], name)[:tokens], getattr(buffers[1], name)[:tokens]), name
+            assert (getattr(buffers[0], name) >= 0).all()
