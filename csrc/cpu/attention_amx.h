@@ -53,7 +53,7 @@ struct AmxAttention {
     for (int64_t row = 0; row < rows; row++, q += a.q_token_stride, to += width)
       for (int64_t i = 0; i < width; i++) to[i] = i < head_dim ? uint16_t(q[i] ^ sign) : uint16_t(0);
     // A tile's unused rows are multiplied too, and looked at by nobody.
-    memset(to, 0, size_t((kAmxGroup - rows % kAmxGroup) * width) * 2);
+    memset(to, 0, size_t((-rows & (kAmxGroup - 1)) * width) * 2);
   }
 
   void pack_block(const bf16_t *k, const bf16_t *v, int64_t keys) {

@@ -45,13 +45,14 @@ static inline Vec tanh_of(Vec x) {
   return copy_sign(select_less(t, Vec::set(0.3f), near, far), x);
 }
 
-template <typename T> static inline Vec activate(Vec x, Activation activation) {
+// Calls f with the activation as a function of lanes.
+template <typename T, typename F> static inline void with_activation(Activation activation, F &&f) {
   switch (activation) {
-    case Activation::gelu: return gelu_of<T, GeluKind::erf>(x);
-    case Activation::gelu_tanh: return gelu_of<T, GeluKind::tanh>(x);
-    case Activation::relu: return max(x, Vec::zero());
-    case Activation::tanh: return tanh_of(x);
-    default: return x;
+    case Activation::gelu: return f([](Vec x) { return gelu_of<T, GeluKind::erf>(x); });
+    case Activation::gelu_tanh: return f([](Vec x) { return gelu_of<T, GeluKind::tanh>(x); });
+    case Activation::relu: return f([](Vec x) { return max(x, Vec::zero()); });
+    case Activation::tanh: return f([](Vec x) { return tanh_of(x); });
+    default: return f([](Vec x) { return x; });
   }
 }
 
@@ -59,19 +60,21 @@ template <typename T>
 static void finish_rows(const LinearArgs &a, const float *sums, int64_t row, int64_t rows, int64_t column) {
   constexpr int64_t kPanel = Layout<T>::kPanel;
   const int64_t columns = a.out_features - column < kPanel ? a.out_features - column : kPanel;
-  for (int64_t r = 0; r < rows; r++) {
-    const int64_t out_row = a.out_rows ? int64_t(a.out_rows[row + r]) : row + r;
-    T *out = static_cast<T *>(a.out) + out_row * a.out_stride + column;
-    const T *residual =
-        a.residual ? static_cast<const T *>(a.residual) + (row + r) * a.residual_stride + column : nullptr;
-    for_lanes(columns, [&](int64_t i, int n) {
-      Vec y = Vec::load(sums + r * kPanel + i);
-      if (a.bias) y = y + load(a.bias + column + i, n);
-      y = activate<T>(y, a.activation);
-      if (residual) y = y + load(residual + i, n);
-      store(y, out + i, n);
-    });
-  }
+  with_activation<T>(a.activation, [&](auto activate) {
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t out_row = a.out_rows ? int64_t(a.out_rows[row + r]) : row + r;
+      T *out = static_cast<T *>(a.out) + out_row * a.out_stride + column;
+      const T *residual =
+          a.residual ? static_cast<const T *>(a.residual) + (row + r) * a.residual_stride + column : nullptr;
+      for_lanes(columns, [&](int64_t i, int n) {
+        Vec y = Vec::load(sums + r * kPanel + i);
+        if (a.bias) y = y + load(a.bias + column + i, n);
+        y = activate(y);
+        if (residual) y = y + load(residual + i, n);
+        store(y, out + i, n);
+      });
+    }
+  });
 }
 
 // Rows [row, row + rows) of one panel. `sums` has room for rows * kPanel.
@@ -101,17 +104,20 @@ static void multiply_panel(const LinearArgs &a, int64_t block_steps, int64_t pan
   finish_rows<T>(a, sums, row, rows, panel * kPanel);
 }
 
+// At most `most` rows (a multiple of `tile`), whole tiles, evenly split; fewer where there are more threads than panels.
+static int64_t rows_of_a_task(const LinearArgs &a, int64_t panels, int64_t most, int64_t tile) {
+  int64_t parts = divide_up(a.rows, most);
+  const int64_t fewest = divide_up(2 * a.num_threads, panels);
+  parts = parts > fewest ? parts : fewest;
+  return divide_up(divide_up(a.rows, parts), tile) * tile;
+}
+
 template <typename T> static void linear_rows(const LinearArgs &a) {
   if (!a.rows || !a.out_features) return;
   constexpr int64_t kPanel = Layout<T>::kPanel;
   const int64_t panels = divide_up(a.out_features, kPanel);
   const Blocking shape = blocking(a.in_features * int64_t(sizeof(T)));
-  const int64_t most = shape.rows / kTileRows * kTileRows;
-  // Rows are split further where there are more threads than panels.
-  int64_t parts = divide_up(a.rows, most);
-  if (panels < 2 * a.num_threads) parts = parts > divide_up(2 * a.num_threads, panels) ? parts : divide_up(2 * a.num_threads, panels);
-  int64_t block = divide_up(divide_up(a.rows, parts), kTileRows) * kTileRows;
-  block = block < most ? block : most;
+  const int64_t block = rows_of_a_task(a, panels, shape.rows / kTileRows * kTileRows, kTileRows);
   const int64_t blocks = divide_up(a.rows, block), tasks = blocks * panels;
   const int threads = thread_count(a.num_threads, tasks, a.rows * a.in_features * a.out_features / 8);
 #pragma omp parallel num_threads(threads)
@@ -127,29 +133,16 @@ template <typename T> static void linear_rows(const LinearArgs &a) {
 
 #if defined(CLINFAST_AMX)
 
-template <typename F> static void with_activation(Activation activation, F &&f) {
-  switch (activation) {
-    case Activation::gelu: return f([](Vec x) { return gelu_of<bf16_t, GeluKind::erf>(x); });
-    case Activation::gelu_tanh: return f([](Vec x) { return gelu_of<bf16_t, GeluKind::tanh>(x); });
-    case Activation::relu: return f([](Vec x) { return max(x, Vec::zero()); });
-    case Activation::tanh: return f([](Vec x) { return tanh_of(x); });
-    default: return f([](Vec x) { return x; });
-  }
-}
-
 static void linear_rows_amx(const LinearArgs &a) {
   if (!a.rows || !a.out_features) return;
   const int64_t panels = divide_up(a.out_features, Layout<bf16_t>::kPanel);
   // The rows of a block are read once a panel, from the second-level cache.
   int64_t most = (1 << 20) / (a.in_features * 2) / 32 * 32;
   most = most < 64 ? 64 : most > 512 ? 512 : most;
-  int64_t parts = divide_up(a.rows, most);
-  const int64_t fewest = divide_up(2 * a.num_threads, panels);
-  parts = parts > fewest ? parts : fewest;
-  const int64_t block = divide_up(divide_up(a.rows, parts), 32) * 32;
+  const int64_t block = rows_of_a_task(a, panels, most, 32);
   const int64_t tasks = divide_up(a.rows, block) * panels;
   const int threads = thread_count(a.num_threads, tasks, a.rows * a.in_features * a.out_features / 64);
-  with_activation(a.activation, [&](auto activate) {
+  with_activation<bf16_t>(a.activation, [&](auto activate) {
 #pragma omp parallel num_threads(threads)
     {
       AmxTiles tiles(a.rows < kAmxRows ? a.rows : kAmxRows);
