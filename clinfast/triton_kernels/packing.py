@@ -11,7 +11,7 @@ NONE = tl.constexpr(2147483647)
 
 
 @triton.jit
-def _outside(ids, size):
+def outside(ids, size):
     return (ids < 0) | (ids >= size)
 
 
@@ -24,6 +24,41 @@ def _store_facts(facts_ptr, tokens, longest, empty, bad_id, bad_type, masked):
     tl.store(facts_ptr + 3, tl.where(bad_id == NONE, -1, bad_id).to(tl.int64))
     tl.store(facts_ptr + 4, tl.where(bad_type == NONE, -1, bad_type).to(tl.int64))
     tl.store(facts_ptr + 5, tl.where(masked == NONE, -1, masked).to(tl.int64))
+
+
+@triton.jit
+def lay_out(
+    ids_ptr, mask_ptr, types_ptr, batch, seqlen, has_mask, has_types, keep_padding, ids_row, ids_column, mask_row,
+    mask_column, types_row, types_column, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """A batch in one program: its values, and where each position goes. [BLOCK_B] or [BLOCK_B, BLOCK_S]."""
+    note = tl.arange(0, BLOCK_B)
+    row, column = note[:, None], tl.arange(0, BLOCK_S)[None, :]
+    inside = (row < batch) & (column < seqlen)
+    row64, column64 = row.to(tl.int64), column.to(tl.int64)
+    flags = tl.load(mask_ptr + row64 * mask_row + column64 * mask_column, mask=inside & (has_mask != 0), other=0)
+    ids = tl.load(ids_ptr + row64 * ids_row + column64 * ids_column, mask=inside, other=0)
+    types = tl.load(types_ptr + row64 * types_row + column64 * types_column, mask=inside & (has_types != 0), other=0)
+    real = (inside & ((has_mask == 0) | (flags != 0))).to(tl.int32)
+    used = tl.sum(real, 1)
+    lengths = tl.where(keep_padding != 0, tl.where(note < batch, seqlen, 0), used)
+    ends = tl.cumsum(lengths, 0)
+    rank = tl.cumsum(real, 1)
+    padded_rank = used[:, None] + (column + 1 - rank)
+    at = (ends - lengths)[:, None] + tl.where(real != 0, rank, padded_rank) - 1
+    return note, row, column, inside, ids, types, real, used, lengths, ends, at, row * seqlen + column
+
+
+@triton.jit
+def store_facts_of(
+    facts_ptr, batch, note, row, column, inside, real, used, lengths, index, bad_ids, bad_types
+):  # fmt: skip
+    """The facts of a batch that `lay_out` read."""
+    bad_id = tl.min(tl.min(tl.where(inside & bad_ids, index, NONE), 1), 0)
+    bad_type = tl.min(tl.min(tl.where(inside & bad_types, index, NONE), 1), 0)
+    masked = tl.min(tl.min(tl.where(inside & (column == 0) & (real == 0), row, NONE), 1), 0)
+    empty = tl.sum(((used == 0) & (note < batch)).to(tl.int32), 0)
+    _store_facts(facts_ptr, tl.sum(lengths, 0), tl.max(lengths, 0), empty, bad_id, bad_type, masked)
 
 
 @triton.jit
@@ -52,33 +87,18 @@ def pack_kernel(
     BLOCK_S: tl.constexpr,  # at least seqlen
 ):
     """The whole batch in one program."""
-    note = tl.arange(0, BLOCK_B)
-    row, column = note[:, None], tl.arange(0, BLOCK_S)[None, :]
-    inside = (row < batch) & (column < seqlen)
-    row64, column64 = row.to(tl.int64), column.to(tl.int64)
-    flags = tl.load(mask_ptr + row64 * mask_row + column64 * mask_column, mask=inside & (has_mask != 0), other=0)
-    ids = tl.load(ids_ptr + row64 * ids_row + column64 * ids_column, mask=inside, other=0)
-    types = tl.load(types_ptr + row64 * types_row + column64 * types_column, mask=inside & (has_types != 0), other=0)
-
-    real = (inside & ((has_mask == 0) | (flags != 0))).to(tl.int32)
-    used = tl.sum(real, 1)
-    lengths = tl.where(keep_padding != 0, tl.where(note < batch, seqlen, 0), used)
-    ends = tl.cumsum(lengths, 0)
-    rank = tl.cumsum(real, 1)
-    padded_rank = used[:, None] + (column + 1 - rank)
-    at = (ends - lengths)[:, None] + tl.where(real != 0, rank, padded_rank) - 1
-    index = row * seqlen + column
+    note, row, column, inside, ids, types, real, used, lengths, ends, at, index = lay_out(
+        ids_ptr, mask_ptr, types_ptr, batch, seqlen, has_mask, has_types, keep_padding, ids_row, ids_column,
+        mask_row, mask_column, types_row, types_column, BLOCK_B, BLOCK_S,
+    )  # fmt: skip
     tl.store(indices_ptr + at, index, mask=inside & ((real != 0) | (keep_padding != 0)))
     tl.store(cu_seqlens_ptr, 0)
     tl.store(cu_seqlens_ptr + 1 + note, ends, mask=note < batch)
     tl.store(seqused_ptr + note, used, mask=note < batch)
-
-    bad_id = tl.min(tl.min(tl.where(inside & _outside(ids, vocab_size), index, NONE), 1), 0)
-    wrong_type = inside & (has_types != 0) & _outside(types, type_vocab_size)
-    bad_type = tl.min(tl.min(tl.where(wrong_type, index, NONE), 1), 0)
-    masked = tl.min(tl.min(tl.where(inside & (column == 0) & (real == 0), row, NONE), 1), 0)
-    empty = tl.sum(((used == 0) & (note < batch)).to(tl.int32), 0)
-    _store_facts(facts_ptr, tl.sum(lengths, 0), tl.max(lengths, 0), empty, bad_id, bad_type, masked)
+    bad_types = (has_types != 0) & outside(types, type_vocab_size)
+    store_facts_of(
+        facts_ptr, batch, note, row, column, inside, real, used, lengths, index, outside(ids, vocab_size), bad_types
+    )
 
 
 @triton.jit
@@ -117,8 +137,8 @@ def pack_count_kernel(
         real = inside & ((has_mask == 0) | (flags != 0))
         index = note * seqlen + column
         used += tl.sum(real.to(tl.int32), 0)
-        bad_id = tl.minimum(bad_id, tl.min(tl.where(inside & _outside(ids, vocab_size), index, NONE), 0))
-        wrong_type = inside & (has_types != 0) & _outside(types, type_vocab_size)
+        bad_id = tl.minimum(bad_id, tl.min(tl.where(inside & outside(ids, vocab_size), index, NONE), 0))
+        wrong_type = inside & (has_types != 0) & outside(types, type_vocab_size)
         bad_type = tl.minimum(bad_type, tl.min(tl.where(wrong_type, index, NONE), 0))
         masked = tl.minimum(masked, tl.min(tl.where(inside & (column == 0) & ~real, note, NONE), 0))
     tl.store(seqused_ptr + note, used)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from clinfast.triton_kernels.packing import NONE, _outside, _store_facts
+from clinfast.triton_kernels.packing import lay_out, outside, store_facts_of
 
 
 @triton.jit
@@ -41,25 +41,13 @@ def pack_into_kernel(
     BLOCK_N: tl.constexpr,  # at least notes + 1
 ):
     """The whole batch in one program."""
-    note = tl.arange(0, BLOCK_B)
-    row, column = note[:, None], tl.arange(0, BLOCK_S)[None, :]
-    inside = (row < batch) & (column < seqlen)
-    row64, column64 = row.to(tl.int64), column.to(tl.int64)
-    flags = tl.load(mask_ptr + row64 * mask_row + column64 * mask_column, mask=inside & (has_mask != 0), other=0)
-    ids = tl.load(ids_ptr + row64 * ids_row + column64 * ids_column, mask=inside, other=0)
-    types = tl.load(types_ptr + row64 * types_row + column64 * types_column, mask=inside & (has_types != 0), other=0)
-
-    real = (inside & ((has_mask == 0) | (flags != 0))).to(tl.int32)
-    used = tl.sum(real, 1)
-    lengths = tl.where(keep_padding != 0, tl.where(note < batch, seqlen, 0), used)
-    ends = tl.cumsum(lengths, 0)
-    rank = tl.cumsum(real, 1)
-    padded_rank = used[:, None] + (column + 1 - rank)
-    at = (ends - lengths)[:, None] + tl.where(real != 0, rank, padded_rank) - 1
-    index = row * seqlen + column
+    note, row, column, inside, ids, types, real, used, lengths, ends, at, index = lay_out(
+        ids_ptr, mask_ptr, types_ptr, batch, seqlen, has_mask, has_types, keep_padding, ids_row, ids_column,
+        mask_row, mask_column, types_row, types_column, BLOCK_B, BLOCK_S,
+    )  # fmt: skip
     kept = inside & ((real != 0) | (keep_padding != 0))
-    bad = _outside(ids, vocab_size)
-    bad_types = (has_types != 0) & _outside(types, type_vocab_size)
+    bad = outside(ids, vocab_size)
+    bad_types = (has_types != 0) & outside(types, type_vocab_size)
     counts = (inside & (ids != padding_idx)).to(tl.int32)
     counted = tl.where(counts != 0, padding_idx + tl.cumsum(counts, 1), padding_idx)
     tl.store(indices_ptr + at, index, mask=kept)
@@ -75,9 +63,4 @@ def pack_into_kernel(
     beyond = (other >= batch) & (other <= notes)
     tl.store(cu_seqlens_ptr + 1 + other, tl.where(other == notes, rows, tokens), mask=beyond)
     tl.store(seqused_ptr + other, 0, mask=beyond)
-
-    bad_id = tl.min(tl.min(tl.where(inside & bad, index, NONE), 1), 0)
-    bad_type = tl.min(tl.min(tl.where(inside & bad_types, index, NONE), 1), 0)
-    masked = tl.min(tl.min(tl.where(inside & (column == 0) & (real == 0), row, NONE), 1), 0)
-    empty = tl.sum(((used == 0) & (note < batch)).to(tl.int32), 0)
-    _store_facts(facts_ptr, tokens, tl.max(lengths, 0), empty, bad_id, bad_type, masked)
+    store_facts_of(facts_ptr, batch, note, row, column, inside, real, used, lengths, index, bad, bad_types)
