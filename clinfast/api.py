@@ -75,7 +75,8 @@ def optimize(
             contains an encoder that clinfast knows.
         precision: `"auto"` (the model's own dtype), `"fp32"`, `"bf16"`, on a GPU also `"fp16"` and
             `"fp8"` (the layers' products in e4m3, from Hopper on); outputs keep the model's dtype.
-        backend: `"auto"`, `"cpu"` (compiled kernels), `"triton"` (kernels for NVIDIA GPUs) or `"torch"` (pure PyTorch).
+        backend: `"auto"`, `"cpu"` (compiled kernels), `"triton"` or `"cuda"` (kernels for NVIDIA GPUs), or `"torch"`
+            (pure PyTorch).
         padding: `"remove"` computes real tokens only and returns zeros at padded positions; `"keep"` computes every
             position as stock does.
         reproducible: True demands that a note's output has the same bits in any batch; on the CPU that is so by

@@ -269,7 +269,7 @@ def _transformers_is_four() -> bool:
 
 
 def _odd_values(mask: Tensor) -> bool:
-    if mask.dtype is torch.bool or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if mask.dtype is torch.bool:
         return False
     low, high = torch.aminmax(mask)
     return bool(low < 0) or bool(high > 1)
