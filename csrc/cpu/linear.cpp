@@ -5,7 +5,7 @@
 #include <unistd.h>
 
 #include "gelu.h"
-#include "linear_amx.h"
+#include "linear_split.h"
 #include "linear_tile.h"
 
 namespace clinfast {
@@ -157,6 +157,41 @@ static void linear_rows_amx(const LinearArgs &a) {
   });
 }
 
+static void linear_rows_split(const LinearArgs &a) {
+  if (!a.rows || !a.out_features) return;
+  const int64_t panels = divide_up(a.out_features, Layout<float>::kPanel);
+  with_activation<float>(a.activation, [&](auto activate) {
+    using Linear = SplitLinear<decltype(activate)>;
+    const int64_t block = rows_of_a_task(a, panels, Linear::most_rows(a.in_features), 32);
+    const int64_t tasks = divide_up(a.rows, block) * panels;
+    const int threads = thread_count(a.num_threads, tasks, a.rows * a.in_features * a.out_features / 24);
+#pragma omp parallel num_threads(threads)
+    {
+      AmxTiles tiles;
+      Linear linear(a, activate, block);
+#pragma omp for schedule(static)
+      for (int thread = 0; thread < threads; thread++)
+        linear.run(tasks * thread / threads, tasks * (thread + 1) / threads);
+    }
+  });
+}
+
+static void pack_split(const float *weight, int64_t stride, int64_t in_features, int64_t out_features, float *to,
+                       int num_threads) {
+  constexpr int64_t kPanel = Layout<float>::kPanel;
+  const int64_t panels = divide_up(out_features, kPanel), steps = Layout<float>::steps(in_features) / kAmxDepth;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+  for (int64_t panel = 0; panel < panels; panel++)
+    for (int64_t step = 0; step < steps; step++)
+      for (int64_t j = 0; j < kPanel; j++)
+        for (int64_t i = 0; i < kAmxDepth; i++) {
+          const int64_t row = panel * kPanel + j, column = step * kAmxDepth + i;
+          const int64_t word = (panel * steps + step) * kPanel + j / Vec::N * kAmxRows + i % kAmxRows;
+          to[word * 2 * Vec::N + i / kAmxRows * Vec::N + j % Vec::N] =
+              row < out_features && column < in_features ? weight[row * stride + column] : 0.0f;
+        }
+}
+
 #endif
 
 template <typename T>
@@ -183,11 +218,10 @@ template <typename T> static int64_t packed_bytes(int64_t in_features, int64_t o
 }
 
 void linear(const LinearArgs &a) {
-  if (a.dtype == DType::f32) linear_rows<float>(a);
 #if defined(CLINFAST_AMX)
-  else linear_rows_amx(a);
+  a.dtype == DType::f32 ? linear_rows_split(a) : linear_rows_amx(a);
 #else
-  else linear_rows<bf16_t>(a);
+  a.dtype == DType::f32 ? linear_rows<float>(a) : linear_rows<bf16_t>(a);
 #endif
 }
 
@@ -198,10 +232,14 @@ int64_t linear_packed_bytes(int64_t in_features, int64_t out_features, DType dty
 
 void linear_pack(const void *weight, int64_t stride, int64_t in_features, int64_t out_features, DType dtype,
                  void *packed, int num_threads) {
-  if (dtype == DType::f32)
-    pack_panels(static_cast<const float *>(weight), stride, in_features, out_features, packed, num_threads);
-  else
-    pack_panels(static_cast<const bf16_t *>(weight), stride, in_features, out_features, packed, num_threads);
+  if (dtype == DType::bf16)
+    return pack_panels(static_cast<const bf16_t *>(weight), stride, in_features, out_features, packed, num_threads);
+  const float *values = static_cast<const float *>(weight);
+#if defined(CLINFAST_AMX)
+  pack_split(values, stride, in_features, out_features, static_cast<float *>(packed), num_threads);
+#else
+  pack_panels(values, stride, in_features, out_features, packed, num_threads);
+#endif
 }
 
 }  // namespace CLINFAST_ISA

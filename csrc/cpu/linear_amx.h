@@ -10,25 +10,27 @@
 namespace clinfast {
 namespace CLINFAST_ISA {
 
-template <typename Activate> struct AmxLinear {
-  using L = Layout<bf16_t>;
-  static constexpr int64_t kPanel = L::kPanel, kBlockRows = 2 * kAmxRows;
+// Bias, activation and residual of sums that wait for them, a few rows at a time.
+template <typename T, typename Activate> struct AmxFinish {
+  static constexpr int64_t kPanel = Layout<T>::kPanel, kBlockRows = 2 * kAmxRows;
 
   const LinearArgs &a;
   const Activate activate;
-  const int64_t steps = L::steps(a.in_features) / kAmxRows, whole_steps = a.in_features / kAmxDepth;
-  const int64_t panel_words = L::steps(a.in_features) * kPanel;
-  const int64_t finished_a_step = (kBlockRows + steps - 1) / steps;
   alignas(64) float sums[2][kBlockRows * kPanel];
   int turn = 0;
 
-  // Rows [row, end) wait for bias, activation and residual; their sums begin at `from`, and from row `second` on at `rest`.
+  // Rows [row, end) of sums that begin at `from`, and from row `second` on at `rest`.
   struct Pending {
     const float *from, *rest;
     int64_t row, second, end, column;
   } pending = {nullptr, nullptr, 0, 0, 0, 0};
 
-  AmxLinear(const LinearArgs &args, Activate f) : a(args), activate(f) {}
+  AmxFinish(const LinearArgs &args, Activate f) : a(args), activate(f) {}
+
+  void pend(const float *from, int64_t row, int64_t end, int64_t column) {
+    pending = {from, from, row, end, end, column};
+    turn ^= 1;
+  }
 
   void finish_row() {
     const int64_t row = pending.row++, columns = a.out_features - pending.column;
@@ -36,9 +38,9 @@ template <typename Activate> struct AmxLinear {
     const float *from = pending.from;
     pending.from += kPanel;
     const int64_t out_row = a.out_rows ? int64_t(a.out_rows[row]) : row;
-    bf16_t *out = static_cast<bf16_t *>(a.out) + out_row * a.out_stride + pending.column;
-    const bf16_t *residual =
-        a.residual ? static_cast<const bf16_t *>(a.residual) + row * a.residual_stride + pending.column : nullptr;
+    T *out = static_cast<T *>(a.out) + out_row * a.out_stride + pending.column;
+    const T *residual =
+        a.residual ? static_cast<const T *>(a.residual) + row * a.residual_stride + pending.column : nullptr;
     const float *bias = a.bias ? a.bias + pending.column : nullptr;
     auto at = [&](int64_t i, int n) {
       Vec y = Vec::load(from + i);
@@ -50,9 +52,22 @@ template <typename Activate> struct AmxLinear {
     else for_lanes(columns, [&](int64_t i, int n) { store(at(i, n), out + i, n); });
   }
 
-  void finish() {
-    while (pending.row < pending.end) finish_row();
+  void finish_some(int64_t rows) {
+    for (; rows > 0 && pending.row < pending.end; rows--) finish_row();
   }
+  void finish() { finish_some(pending.end - pending.row); }
+};
+
+template <typename Activate> struct AmxLinear : AmxFinish<bf16_t, Activate> {
+  using Finish = AmxFinish<bf16_t, Activate>;
+  using L = Layout<bf16_t>;
+  using Finish::a, Finish::kPanel, Finish::kBlockRows, Finish::sums, Finish::turn, Finish::pending;
+
+  const int64_t steps = L::steps(a.in_features) / kAmxRows, whole_steps = a.in_features / kAmxDepth;
+  const int64_t panel_words = L::steps(a.in_features) * kPanel;
+  const int64_t finished_a_step = (kBlockRows + steps - 1) / steps;
+
+  AmxLinear(const LinearArgs &args, Activate f) : Finish(args, f) {}
 
   // Inputs past the last whole step, filled with 0.
   void copy_rest(const bf16_t *x, bf16_t *to) {
@@ -84,9 +99,9 @@ template <typename Activate> struct AmxLinear {
       else
         multiply_add_sums<M>(rest[0], rest[1], kAmxDepth * 2, weights, weights + 16, kPanel * 4);
       for (int64_t line = 0; line < lines; line++, next += 64) __builtin_prefetch(next, 0, 2);
-      for (int64_t i = 0; i < finished_a_step && pending.row < pending.end; i++) finish_row();
+      this->finish_some(finished_a_step);
     }
-    finish();
+    this->finish();
     store_sums<M>(sums[turn], kPanel);
   }
 

@@ -29,6 +29,14 @@ template <typename T> struct Layout {
   static Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 };
 
+#if defined(CLINFAST_AMX)
+// Whole tiles: in each step of 32 inputs, inputs i and i + 16 of 16 outputs lie side by side (linear_split.h).
+template <> struct Layout<float> {
+  static constexpr int64_t kPanel = 2 * Vec::N, kWordInputs = 1;
+  static int64_t steps(int64_t in_features) { return (in_features + 31) / 32 * 32; }
+};
+#endif
+
 #if defined(CLINFAST_AVX512_BF16)
 template <> struct Layout<bf16_t> {
   using Word = float;

@@ -125,6 +125,10 @@ static inline void store_pairs(Vec x, float *words) { _mm256_storeu_ps(words, (_
 static inline void store_both(Vec first, Vec second, bf16_t *p) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
 }
+static inline void store_both(Vec first, Vec second, float *p) {
+  first.store(p);
+  second.store(p + Vec::N);
+}
 // Row elements 2i and 2i + 1 in lane i; n elements are read, the others are 0.
 static inline Vec load_pairs(const bf16_t *p, int n) {
   return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1u : 0xffffffffu, p))};

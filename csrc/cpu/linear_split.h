@@ -1,0 +1,230 @@
+// The linear layer in fp32 on AMX tiles, which multiply bf16 only. An fp32 value is exactly the sum of three bf16 pieces of
+// falling size, and six of the nine products of two such sums are taken (Henry, Tang and Heinecke 2019, arXiv:1904.06376).
+// The three left out are below 2^-23 of |x||w|; a tile adds 32 products before it rounds into its sum, so that the whole
+// is closer to the exact result than a chain of fp32 multiply-adds. Vector units cut the next weights into pieces while
+// the tile unit multiplies. An infinity has no pieces and gives NaN.
+#pragma once
+
+#include <cstdlib>
+
+#include "linear_amx.h"
+
+#if defined(CLINFAST_AMX)
+
+namespace clinfast {
+namespace CLINFAST_ISA {
+
+static constexpr int64_t kPieces = 3, kTileWords = kAmxRows * Vec::N;
+// Inputs that are multiplied before the next panel's turn, in steps of a tile's depth; longer sums are kept in memory.
+static constexpr int64_t kSplitSteps = 32;
+// Panels whose sums are kept at a time.
+static constexpr int64_t kSplitPanels = 32;
+// The pieces of a block of rows share the second-level cache with those of two panels of weights.
+static constexpr int64_t kSplitBytes = 1280 << 10;
+
+// low[i] and high[i] as a word of each piece, `stride` words apart.
+static inline void split_words(Vec low, Vec high, float *to, int64_t stride) {
+  const __m512i half = _mm512_set1_epi32(0x8000), top = _mm512_set1_epi32(int(0xffff0000u));
+  auto rounded = [&](Vec x) {
+    return Vec{_mm512_castsi512_ps(_mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(x.v), half), top))};
+  };
+  for (int piece = 0; piece < kPieces - 1; piece++, to += stride) {
+    const Vec a = rounded(low), b = rounded(high);
+    zip_pairs(a, b).store(to);
+    low = low - a;
+    high = high - b;
+  }
+  zip_pairs(low, high).store(to);
+}
+
+// Memory of a thread that lasts from call to call.
+struct SplitScratch {
+  float *left, *right[2], *sums;
+
+  SplitScratch(int64_t left_words, int64_t right_words, int64_t sum_words) {
+    static thread_local struct Arena {
+      char *base = nullptr;
+      int64_t bytes = 0;
+      ~Arena() { free(base); }
+    } arena;
+    const int64_t bytes = (left_words + 2 * right_words + sum_words) * 4;
+    if (bytes > arena.bytes) {
+      free(arena.base);
+      arena.base = static_cast<char *>(aligned_alloc(64, size_t(bytes)));
+      if (!arena.base) abort();
+      arena.bytes = bytes;
+    }
+    left = reinterpret_cast<float *>(arena.base);
+    right[0] = left + left_words;
+    right[1] = right[0] + right_words;
+    sums = right[1] + right_words;
+  }
+};
+
+// Tasks are panels of blocks of rows, in that order, and a thread takes a range of them.
+template <typename Activate> struct SplitLinear : AmxFinish<float, Activate> {
+  using Finish = AmxFinish<float, Activate>;
+  using Finish::a, Finish::kPanel, Finish::kBlockRows;
+  // Words of one step's pieces: of two tiles of rows, one tile of rows, and of a panel.
+  static constexpr int64_t kLeftStep = kPieces * kTileWords, kRightStep = 2 * kPieces * kTileWords;
+
+  const int64_t block, steps, parts, part_steps, panels;
+  const int64_t panel_words = steps * kAmxDepth * kPanel;
+  SplitScratch s;
+
+  SplitLinear(const LinearArgs &args, Activate f, int64_t rows_of_a_block)
+      : Finish(args, f), block(rows_of_a_block), steps((args.in_features + kAmxDepth - 1) / kAmxDepth),
+        parts(split_parts(steps)), part_steps((steps + parts - 1) / parts),
+        panels((args.out_features + kPanel - 1) / kPanel),
+        s((block + kAmxRows) / kAmxRows * part_steps * kLeftStep, part_steps * kRightStep,
+          parts > 1 ? (block + kAmxRows) * kPanel * kSplitPanels : 0) {}
+
+  static int64_t split_parts(int64_t steps) { return (steps + kSplitSteps - 1) / kSplitSteps; }
+  // Rows of a block at most.
+  static int64_t most_rows(int64_t in_features) {
+    const int64_t steps = (in_features + kAmxDepth - 1) / kAmxDepth, parts = split_parts(steps);
+    const int64_t rows = kSplitBytes / ((steps + parts - 1) / parts * kAmxDepth * 2 * kPieces) / 32 * 32;
+    return rows < 64 ? 64 : rows < 256 ? rows : 256;
+  }
+
+  // Steps [step, step + count) of the inputs of rows [row, row + rows). A step's word i holds inputs i and i + 16.
+  void split_rows(int64_t row, int64_t rows, int64_t step, int64_t count) {
+    for (int64_t r = 0; r < rows; r++) {
+      const float *x = static_cast<const float *>(a.x) + (row + r) * a.x_stride;
+      float *to = s.left + r / kAmxRows * count * kLeftStep + r % kAmxRows * Vec::N;
+      for (int64_t i = step; i < step + count; i++, to += kLeftStep) {
+        const float *from = x + i * kAmxDepth;
+        const int64_t left = a.in_features - i * kAmxDepth;
+        if (left >= kAmxDepth) split_words(Vec::load(from), Vec::load(from + Vec::N), to, kTileWords);
+        else if (left > Vec::N)
+          split_words(Vec::load(from), Vec::load(from + Vec::N, int(left) - Vec::N), to, kTileWords);
+        else if (left == Vec::N) split_words(Vec::load(from), Vec::zero(), to, kTileWords);
+        else split_words(Vec::load(from, int(left)), Vec::zero(), to, kTileWords);
+      }
+    }
+    amx_memory_written();
+  }
+
+  // Weights on their way into pieces: `left` words of a step's tiles to go.
+  struct Splitting {
+    const float *from;
+    float *to;
+    int64_t word, words;
+  } splitting = {nullptr, nullptr, 0, 0};
+
+  void split_next(int64_t panel, int64_t step, int64_t count, float *to) {
+    splitting = {static_cast<const float *>(a.packed) + panel * panel_words + step * kAmxDepth * kPanel, to, 0,
+                 count * kPanel};
+  }
+  void split_some(int64_t words) {
+    Splitting &n = splitting;
+    for (const int64_t end = n.word + words < n.words ? n.word + words : n.words; n.word < end; n.word++) {
+      const float *from = n.from + n.word * kAmxDepth;
+      __builtin_prefetch(from + panel_words, 0, 2);
+      __builtin_prefetch(from + panel_words + Vec::N, 0, 2);
+      split_words(Vec::load(from), Vec::load(from + Vec::N),
+                  n.to + n.word / kPanel * kRightStep + n.word % kPanel * Vec::N, 2 * kTileWords);
+    }
+  }
+
+  // One step of M by 2 tiles: the six products, the small ones first.
+  template <int M> static void multiply_step(const float *left0, const float *left1, const float *right) {
+    auto row_tile = [&](int piece) {
+      tile_load<4>(left0 + piece * kTileWords, 64);
+      if (M == 2) tile_load<5>(left1 + piece * kTileWords, 64);
+    };
+    auto panel_tile = [&](int piece) {
+      tile_load<6>(right + 2 * piece * kTileWords, 64);
+      tile_load<7>(right + (2 * piece + 1) * kTileWords, 64);
+    };
+    auto multiply = [&] {
+      tile_multiply_add<0, 4, 6>();
+      tile_multiply_add<1, 4, 7>();
+      if (M == 2) {
+        tile_multiply_add<2, 5, 6>();
+        tile_multiply_add<3, 5, 7>();
+      }
+    };
+    row_tile(2);
+    panel_tile(0);
+    multiply();
+    row_tile(1);
+    multiply();
+    panel_tile(1);
+    multiply();
+    row_tile(0);
+    multiply();
+    panel_tile(2);
+    multiply();
+    panel_tile(0);
+    multiply();
+  }
+
+  // The sums of M tiles of rows and a panel over one part of the inputs, from and to memory where there are more parts.
+  template <int M>
+  void multiply(const float *left, const float *right, int64_t count, int64_t words, const float *before, float *to) {
+    if (before) load_sums<M>(before, kPanel);
+    else zero_sums<M>();
+    const int64_t finished = (kBlockRows + count - 1) / count;
+    for (int64_t step = 0; step < count; step++, left += kLeftStep, right += kRightStep) {
+      multiply_step<M>(left, left + count * kLeftStep, right);
+      split_some(words);
+      this->finish_some(finished);
+    }
+    this->finish();
+    store_sums<M>(to, kPanel);
+  }
+
+  // Panels [panel, end) of the rows from `row` on; `next` is the first panel after them, -1 where there is none.
+  void run_panels(int64_t row, int64_t rows, int64_t panel, int64_t end, int64_t next) {
+    const int64_t tiles = (rows + kAmxRows - 1) / kAmxRows, pairs = (tiles + 1) / 2;
+    for (int64_t part = 0; part < parts; part++) {
+      const int64_t step = part * part_steps, count = steps_of(part);
+      split_rows(row, rows, step, count);
+      for (int64_t p = panel; p < end; p++, side ^= 1) {
+        split_some(splitting.words);
+        amx_memory_written();
+        if (p + 1 < end) split_next(p + 1, step, count, s.right[side ^ 1]);
+        else if (part + 1 < parts) split_next(panel, step + count, steps_of(part + 1), s.right[side ^ 1]);
+        else if (next >= 0) split_next(next, 0, steps_of(0), s.right[side ^ 1]);
+        const int64_t words = (splitting.words + pairs * count - 1) / (pairs * count);
+        for (int64_t pair = 0; pair < pairs; pair++) {
+          const float *left = s.left + 2 * pair * count * kLeftStep;
+          float *kept = s.sums + ((p - panel) * (block + kAmxRows) + pair * kBlockRows) * kPanel;
+          const float *before = part > 0 ? kept : nullptr;
+          const bool last = part + 1 == parts;
+          float *to = last ? this->sums[this->turn] : kept;
+          if (2 * pair + 1 < tiles) multiply<2>(left, s.right[side], count, words, before, to);
+          else multiply<1>(left, s.right[side], count, words, before, to);
+          const int64_t first = row + pair * kBlockRows, past = row + rows;
+          if (last) this->pend(to, first, past - first < kBlockRows ? past : first + kBlockRows, p * kPanel);
+        }
+      }
+    }
+  }
+
+  void run(int64_t begin, int64_t end) {
+    if (begin >= end) return;
+    split_next(begin % panels, 0, steps_of(0), s.right[side]);
+    while (begin < end) {
+      const int64_t panel = begin % panels, row = begin / panels * block;
+      int64_t count = panels - panel < end - begin ? panels - panel : end - begin;
+      if (parts > 1 && count > kSplitPanels) count = kSplitPanels;
+      begin += count;
+      run_panels(row, a.rows - row < block ? a.rows - row : block, panel, panel + count, begin < end ? begin % panels : -1);
+    }
+    this->finish();
+  }
+
+ private:
+  int side = 0;  // of the two panels' pieces
+  int64_t steps_of(int64_t part) const {
+    const int64_t left = steps - part * part_steps;
+    return left < part_steps ? left : part_steps;
+  }
+};
+
+}  // namespace CLINFAST_ISA
+}  // namespace clinfast
+
+#endif
