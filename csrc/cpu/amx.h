@@ -70,14 +70,6 @@ static inline void multiply_add_sums(const void *left0, const void *left1, int64
     tile_multiply_add<3, 5, 7>();
   }
 }
-template <int M> static inline void load_sums(const float *from, int64_t stride) {
-  tile_load<0>(from, stride * 4);
-  tile_load<1>(from + 16, stride * 4);
-  if constexpr (M == 2) {
-    tile_load<2>(from + kAmxRows * stride, stride * 4);
-    tile_load<3>(from + kAmxRows * stride + 16, stride * 4);
-  }
-}
 // The sums as M * 16 rows of 32 floats, `stride` apart.
 template <int M> static inline void store_sums(float *to, int64_t stride) {
   tile_store<0>(to, stride * 4);
