@@ -19,6 +19,8 @@ static constexpr int64_t kPieces = 3, kTileWords = kAmxRows * Vec::N;
 static constexpr int64_t kSplitSteps = 24;
 // Panels whose sums are kept meanwhile.
 static constexpr int64_t kSplitPanels = 32;
+// With rows for one turn only, the pieces of so many steps of the weights stay in the first-level cache.
+static constexpr int64_t kFewRowsSteps = 2;
 // The pieces of a block of rows share the second-level cache with those of two panels of weights.
 static constexpr int64_t kSplitBytes = 1280 << 10;
 
@@ -70,15 +72,15 @@ template <typename Activate> struct SplitLinear : AmxFinish<float, Activate> {
   // Words of one step's pieces: of two tiles of rows, one tile of rows, and of a panel.
   static constexpr int64_t kLeftStep = kPieces * kTileWords, kRightStep = 2 * kPieces * kTileWords;
 
-  const int64_t block, steps, parts, part_steps, panels;
+  const int64_t block, steps, parts, part_steps, chunk, panels;
   const int64_t panel_words = steps * kAmxDepth * kPanel;
   SplitScratch s;
 
   SplitLinear(const LinearArgs &args, Activate f, int64_t rows_of_a_block)
       : Finish(args, f), block(rows_of_a_block), steps((args.in_features + kAmxDepth - 1) / kAmxDepth),
         parts(split_parts(steps)), part_steps((steps + parts - 1) / parts),
-        panels((args.out_features + kPanel - 1) / kPanel),
-        s(block / kAmxRows * part_steps * kLeftStep, part_steps * kRightStep,
+        chunk(block > kBlockRows ? part_steps : kFewRowsSteps), panels((args.out_features + kPanel - 1) / kPanel),
+        s(block / kAmxRows * part_steps * kLeftStep, chunk * kRightStep,
           parts > 1 ? block * kPanel * kSplitPanels : 0) {}
 
   static int64_t split_parts(int64_t steps) { return (steps + kSplitSteps - 1) / kSplitSteps; }
@@ -118,9 +120,10 @@ template <typename Activate> struct SplitLinear : AmxFinish<float, Activate> {
     int64_t word, words;
   } splitting = {nullptr, nullptr, 0, 0};
 
-  void split_next(int64_t panel, int64_t step, int64_t count, float *to) {
-    splitting = {static_cast<const float *>(a.packed) + panel * panel_words + step * kAmxDepth * kPanel, to, 0,
-                 count * kPanel};
+  void split_next(int64_t panel, int64_t part, int64_t at) {
+    const int64_t count = steps_of(part) - at, step = part * part_steps + at;
+    splitting = {static_cast<const float *>(a.packed) + panel * panel_words + step * kAmxDepth * kPanel,
+                 s.right[side ^ 1], 0, (count < chunk ? count : chunk) * kPanel};
   }
   void split_some(int64_t words) {
     Splitting &n = splitting;
@@ -170,14 +173,16 @@ template <typename Activate> struct SplitLinear : AmxFinish<float, Activate> {
     multiply();
   }
 
-  // The sums of M tiles of rows and a panel over `count` steps.
-  template <int M> void multiply(const float *left, const float *right, int64_t count, int64_t words, float *to) {
+  // `count` steps of M tiles of rows and a panel, which `begin` or `end` their sums; `next` tile of rows is that far on.
+  template <int M>
+  void multiply(const float *left, int64_t next, const float *right, int64_t count, int64_t words, bool begin, float *end) {
     const int64_t products = 6 * count, finished = (kBlockRows + products - 1) / products;
-    zero_sums<M>();
+    if (begin) zero_sums<M>();
     for (int64_t step = 0; step < count; step++, left += kLeftStep, right += kRightStep)
-      multiply_step<M>(left, left + count * kLeftStep, right, words, finished);
+      multiply_step<M>(left, left + next, right, words, finished);
+    if (!end) return;
     this->finish();
-    store_sums<M>(to, kPanel);
+    store_sums<M>(end, kPanel);
   }
 
   static void add(const float *from, float *to) {
@@ -191,32 +196,38 @@ template <typename Activate> struct SplitLinear : AmxFinish<float, Activate> {
     for (int64_t part = 0; part < parts; part++) {
       const int64_t step = part * part_steps, count = steps_of(part);
       split_rows(row, rows, step, count);
-      for (int64_t p = panel; p < end; p++, side ^= 1) {
-        split_some(splitting.words);
-        amx_memory_written();
-        if (p + 1 < end) split_next(p + 1, step, count, s.right[side ^ 1]);
-        else if (part + 1 < parts) split_next(panel, step + count, steps_of(part + 1), s.right[side ^ 1]);
-        else if (next >= 0) split_next(next, 0, steps_of(0), s.right[side ^ 1]);
-        const int64_t products = 6 * pairs * count, words = (splitting.words + products - 1) / products;
-        for (int64_t pair = 0; pair < pairs; pair++) {
-          const float *left = s.left + 2 * pair * count * kLeftStep;
-          const int64_t first = row + pair * kBlockRows, left_rows = row + rows - first;
-          const bool last = part + 1 == parts;
-          float *kept = s.sums + ((p - panel) * block + pair * kBlockRows) * kPanel;
-          float *to = part > 0 || last ? this->sums[this->turn] : kept;
-          if (2 * pair + 1 < tiles) multiply<2>(left, s.right[side], count, words, to);
-          else multiply<1>(left, s.right[side], count, words, to);
-          if (part > 0 && last) add(kept, to);
-          else if (part > 0) add(to, kept);
-          if (last) this->pend(to, first, first + (left_rows < kBlockRows ? left_rows : kBlockRows), p * kPanel);
+      for (int64_t p = panel; p < end; p++)
+        for (int64_t at = 0; at < count; at += chunk, side ^= 1) {
+          const int64_t taken = count - at < chunk ? count - at : chunk;
+          split_some(splitting.words);
+          amx_memory_written();
+          if (at + taken < count) split_next(p, part, at + taken);
+          else if (p + 1 < end) split_next(p + 1, part, 0);
+          else if (part + 1 < parts) split_next(panel, part + 1, 0);
+          else if (next >= 0) split_next(next, 0, 0);
+          const int64_t products = 6 * pairs * taken, words = (splitting.words + products - 1) / products;
+          for (int64_t pair = 0; pair < pairs; pair++) {
+            const float *left = s.left + (2 * pair * count + at) * kLeftStep;
+            const int64_t first = row + pair * kBlockRows, left_rows = row + rows - first;
+            const bool last = part + 1 == parts;
+            float *kept = s.sums + ((p - panel) * block + pair * kBlockRows) * kPanel;
+            float *to = part > 0 || last ? this->sums[this->turn] : kept;
+            float *sums_end = at + taken < count ? nullptr : to;
+            if (2 * pair + 1 < tiles) multiply<2>(left, count * kLeftStep, s.right[side], taken, words, at == 0, sums_end);
+            else multiply<1>(left, count * kLeftStep, s.right[side], taken, words, at == 0, sums_end);
+            if (!sums_end) continue;
+            if (part > 0 && last) add(kept, to);
+            else if (part > 0) add(to, kept);
+            if (last) this->pend(to, first, first + (left_rows < kBlockRows ? left_rows : kBlockRows), p * kPanel);
+          }
         }
-      }
     }
   }
 
   void run(int64_t begin, int64_t end) {
     if (begin >= end) return;
-    split_next(begin % panels, 0, steps_of(0), s.right[side]);
+    split_next(begin % panels, 0, 0);
+    side ^= 1;
     while (begin < end) {
       const int64_t panel = begin % panels, row = begin / panels * block;
       int64_t count = panels - panel < end - begin ? panels - panel : end - begin;
