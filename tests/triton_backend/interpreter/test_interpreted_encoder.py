@@ -75,6 +75,7 @@ def test_mpnet_counts_distances_in_columns(head):
     mask = torch.tensor([[1] * 18, [1, 0] * 9, [1] * 4 + [0] * 14])
     inputs = {"input_ids": ids(3, 18), "attention_mask": mask}
     subject = Subject(relative("mpnet", head))
+    registry.calls.clear()
     subject.check(**inputs)
     assert registry.calls["attention_biased[triton]"] == 2 and not registry.calls["attention[triton]"]
     driver, graphs = with_graphs(subject.model)
