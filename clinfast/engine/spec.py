@@ -36,6 +36,10 @@ class EncoderSpec:
         layer_weights: for each layer the number of the weights that it uses, from 0 on, where layers share them; () is
             a set for each layer.
         task_type_vocab_size: rows of a table whose first is added to every token's embedding; 0 where there is none.
+        relative_buckets: buckets of relative distances (`engine.relative_bias`), each with a bias for every head, which
+            all layers add to their scores; 0 where there are none.
+        relative_max_distance: from here on distances share the last bucket.
+        relative_rows: rows of the table of biases; those past the buckets are not used.
     """
 
     family: str
@@ -58,6 +62,9 @@ class EncoderSpec:
     pre_norm: bool = False
     layer_weights: tuple[int, ...] = ()
     task_type_vocab_size: int = 0
+    relative_buckets: int = 0
+    relative_max_distance: int = 128
+    relative_rows: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "embedding_size", self.embedding_size or self.hidden_size)
@@ -80,6 +87,10 @@ class EncoderSpec:
             )
         if not 1 <= self.head_dim <= 256:
             raise ValueError(f"head_dim is {self.head_dim}; the attention kernels serve 1 to 256")
+        if self.relative_rows < self.relative_buckets:
+            raise ValueError(
+                f"relative_rows is {self.relative_rows}; {self.relative_buckets} are needed, one for each bucket"
+            )
 
     @property
     def max_seqlen(self) -> int:
@@ -102,6 +113,8 @@ class EncoderSpec:
             names += ["embedding.norm.weight", "embedding.norm.bias"]
         if self.projects_embedding:
             names += ["embedding.projection.weight", "embedding.projection.bias"]
+        if self.relative_buckets:
+            names.append("relative_bias.weight")
         for i in range(self.num_weights):
             for stem in LAYER_LINEARS + LAYER_NORMS:
                 names += [f"layers.{i}.{stem}.weight", f"layers.{i}.{stem}.bias"]
@@ -119,7 +132,9 @@ class EncoderSpec:
         shapes: dict[str, tuple[int, ...]] = {}
         for name in self.parameter_names():
             *_, stem, kind = name.split(".")
-            if stem in tables:
+            if stem == "relative_bias":
+                shapes[name] = (self.relative_rows, self.num_heads)
+            elif stem in tables:
                 shapes[name] = (tables[stem], width)
             elif stem in linears:
                 shapes[name] = linears[stem] if kind == "weight" else linears[stem][:1]

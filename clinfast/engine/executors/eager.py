@@ -27,6 +27,8 @@ class EagerExecutor:
         (
             self.pack, self.position_ids, self.embedding, self.attention, self.layer_norm, self.unpack, self.pooling,
         ) = found  # fmt: skip
+        if spec.relative_buckets:
+            self.attention_biased = registry.implementation("attention_biased", backend, device, prechecked=True)
 
     def all_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
         """[T, H] for all packed tokens."""
@@ -73,7 +75,13 @@ class EagerExecutor:
         else:
             assert layer.query is not None and layer.key_value is not None
             q, (k, v) = layer.query(h).view(shape)[:, 0], layer.key_value(h).view(shape).unbind(1)
-        context = self.attention(q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.seqused_k, self.spec.scale)
+        if layer.bias is None:
+            context = self.attention(q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.seqused_k, self.spec.scale)
+        else:
+            context = self.attention_biased(
+                q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.seqused_k, self.spec.scale, layer.bias, batch.places,
+                batch.places,
+            )  # fmt: skip
         return self._after_attention(layer, context, x)
 
     def _first_rows(self, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
@@ -89,7 +97,13 @@ class EagerExecutor:
             k, v = layer.key_value(h).view(-1, 2, *shape[1:]).unbind(1)
             q = layer.query(self._before(layer.attention_norm, first)).view(shape)
         rows = one_row_a_note(batch.batch, x.device)
-        context = self.attention(q, k, v, rows, batch.cu_seqlens, batch.seqused_k, spec.scale)
+        if layer.bias is None:
+            context = self.attention(q, k, v, rows, batch.cu_seqlens, batch.seqused_k, spec.scale)
+        else:
+            context = self.attention_biased(
+                q, k, v, rows, batch.cu_seqlens, batch.seqused_k, spec.scale, layer.bias, _first_places(batch),
+                batch.places,
+            )  # fmt: skip
         return self._after_attention(layer, context, first)
 
     def _after_attention(self, layer: PackedLayer, context: Tensor, x: Tensor) -> Tensor:
@@ -124,3 +138,9 @@ class EagerExecutor:
 
     def _final_norm(self, weights: PackedWeights, x: Tensor) -> Tensor:
         return x if weights.final_norm is None else self.layer_norm(x, None, *weights.final_norm, self.spec.eps)
+
+
+def _first_places(batch: PackedBatch) -> Tensor:
+    """[B]: where each note's first token stood; any place for a note without tokens."""
+    firsts = batch.cu_seqlens[:-1].clamp(max=max(batch.tokens - 1, 0))
+    return batch.places[firsts]
