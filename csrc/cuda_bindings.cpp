@@ -153,6 +153,8 @@ void add_cuda(py::module_ m) {
       "prepare",
       [](int device) { on_device("prepare", device, [] { return prepare(); }); },
       "Load every kernel on a device, so that a graph capture loads none.");
+  m.def("set_programmatic_launch", &set_programmatic_launch,
+        "Whether kernels are set up while the one before them ends, on cards of 9.0 and later.");
   m.def("layer_norm", &layer_norm_at);
   m.def("embedding", &embedding_at);
   m.def("gelu", &gelu_at);

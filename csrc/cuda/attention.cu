@@ -3,26 +3,6 @@
 
 namespace clinfast {
 namespace cuda {
-namespace {
-
-// Major and minor compute capability of the current device, as 90 for 9.0.
-int capability() {
-#if defined(__CUDACC__)
-  static int known[64];
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device)) return 0;
-  if (device < 64 && known[device]) return known[device];
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (device < 64) known[device] = 10 * major + minor;
-  return 10 * major + minor;
-#else
-  return 80;
-#endif
-}
-
-}  // namespace
-
 int attention(const AttentionArgs &given, DType dtype, AttentionKernel kernel, Stream stream) {
   AttentionArgs args = given;
   const bool half = dtype != DType::f32;

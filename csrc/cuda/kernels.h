@@ -133,6 +133,8 @@ const char *error_text(int code);
 // Loads every kernel on the current device and raises its shared memory limit, so that nothing is left to be loaded
 // inside a graph capture.
 int prepare();
+// Whether kernels are launched while the one before them ends, on cards of 9.0 and later; off at first.
+void set_programmatic_launch(bool on);
 // Makes `device` current; `before` becomes the one that was.
 int exchange_device(int device, int &before);
 

@@ -64,6 +64,7 @@ __device__ __forceinline__ int rank_in_block(bool flag, int *scratch, int &total
 }
 
 __global__ void __launch_bounds__(kThreads, 4) count_kernel(const PackArgs args) {
+  after_earlier_grids();
   CLINFAST_SHARED(int, scratch, kWarps);
   const int64_t note = blockIdx.x;
   int length = 0, bad_id = kNone, bad_type = kNone;
@@ -121,6 +122,7 @@ __device__ __forceinline__ void write_facts(const PackArgs &args, int *scratch) 
 }
 
 __global__ void __launch_bounds__(kThreads, 4) order_kernel(const PackArgs args) {
+  after_earlier_grids();
   CLINFAST_SHARED(int, scratch, kWarps);
   const int64_t note = blockIdx.x;
   if (note == args.batch) {
@@ -147,6 +149,7 @@ __global__ void __launch_bounds__(kThreads, 4) order_kernel(const PackArgs args)
 }
 
 __global__ void __launch_bounds__(kThreads) position_kernel(const PositionArgs args) {
+  after_earlier_grids();
   CLINFAST_SHARED(int, scratch, kWarps);
   const int64_t row = blockIdx.x;
   int before = int(args.padding_idx);
@@ -165,6 +168,7 @@ __global__ void __launch_bounds__(kThreads) position_kernel(const PositionArgs a
 
 template <typename From, typename To, bool Aligned>
 __global__ void __launch_bounds__(kThreads) unpack_kernel(const UnpackArgs args) {
+  after_earlier_grids();
   constexpr int N = Vector<From>::N;
   const uint32_t a_row = uint32_t(args.hidden + N - 1) / N, at = blockIdx.x * kThreads + threadIdx.x;
   const uint32_t token = at / a_row;
@@ -185,8 +189,8 @@ template <typename From, typename To> int run(const UnpackArgs &args, Stream str
   const int64_t work = args.tokens * ((args.hidden + N - 1) / N);
   if (work > kMostVectors) return kTooLarge;
   const unsigned grid = blocks(work, kThreads);
-  return aligned ? launch<&unpack_kernel<From, To, true>>(grid, kThreads, stream, args)
-                 : launch<&unpack_kernel<From, To, false>>(grid, kThreads, stream, args);
+  return aligned ? launch<&unpack_kernel<From, To, true>, 0, false>(grid, kThreads, stream, args)
+                 : launch<&unpack_kernel<From, To, false>, 0, false>(grid, kThreads, stream, args);
 }
 
 template <typename From> int run(const UnpackArgs &args, DType padded_dtype, Stream stream) {
