@@ -140,10 +140,15 @@ def implementation(name: str, backend: str, device: str = "cpu", *, prechecked: 
     if chosen != "auto" or device != "cuda":
         return _first_offer(name, tuple(candidates), prechecked)
     card = choices.capability()
-    return choices.by_dtype(
+    return choices.by_call(
         {
-            dtype: _first_offer(name, tuple(choices.ranked(name, candidates, dtype, card)), prechecked)
+            (dtype, of_request): _first_offer(
+                name,
+                tuple(choices.ranked(name, candidates, dtype, card, choices.REQUEST_ROWS if of_request else None)),
+                prechecked,
+            )
             for dtype in KERNEL_DTYPES["cuda"]
+            for of_request in (True, False)
         }
     )
 
