@@ -124,7 +124,7 @@ CELLS = ("1x16 1x128", "1x384 1x512", "32x128 8x512", "ragged-32", "squad-64")
 
 
 def backends() -> dict[str, Any]:
-    """The fastest backend of each op and size, and whether programmatic dependent launch gains; the tiles as shipped."""
+    """The fastest backend of each op and size, and whether programmatic dependent launch gains."""
     table = RESULTS / "tuning.json"
     done = command(sys.executable, "-m", "clinfast", "tune", "--skip-tiles", "--output", str(table))
     if not done["status"]:

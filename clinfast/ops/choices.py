@@ -1,8 +1,8 @@
 """Which backend comes first for an op on an NVIDIA GPU: one table, whose rows say on what they rest.
 
 The first row that names the op, the dtype, the card and the size decides which backend is tried first; the others
-follow in the order of `registry.BACKENDS`. A backend that is not there, or does not offer the op, is passed over. Rows that
-`clinfast tune` measured on this card (in the file that CLINFAST_TUNING_TABLE names) come before the reasoned ones.
+follow in the order of `registry.BACKENDS`. A backend that is not there, or does not offer the op, is passed over. Rows
+that `clinfast tune` measured on this card (in the file that CLINFAST_TUNING_TABLE names) come before reasoned ones.
 """
 
 from __future__ import annotations
