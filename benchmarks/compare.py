@@ -5,8 +5,8 @@
     python -m benchmarks.compare keep OUT.json [--baselines benchmarks/results/gpu]
 
 `check` compares our times, cell by cell. A cell is slower only beyond the noise band: 5% and the spread of both runs'
-rounds, whichever is more, and beyond 3 us. Exit status: 0 nothing slower; 1 slower; 2 unreadable; 3 there is no baseline
-of this card, so that nothing was compared. `keep` makes a run the baseline of its card, to be committed.
+rounds, whichever is more, and beyond 3 us. Exit status: 0 nothing slower; 1 slower; 2 unreadable; 3 nothing was
+compared, since there is no baseline of this card. `keep` makes a run the baseline of its card, to be committed.
 """
 
 from __future__ import annotations

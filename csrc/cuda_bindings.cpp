@@ -106,12 +106,13 @@ void attention_at(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t 
                   int64_t k_token_stride, int64_t k_head_stride, int64_t v_token_stride, int64_t v_head_stride,
                   int64_t out_token_stride, int64_t out_head_stride, uintptr_t cu_seqlens_q, uintptr_t cu_seqlens_k,
                   uintptr_t seqused_k, int32_t batch, int32_t num_heads, int32_t head_dim, int32_t q_tokens,
-                  int32_t k_tokens, float scale, int dtype, int kernel, int device, uintptr_t stream) {
+                  int32_t k_tokens, float scale, uintptr_t partial, int32_t segments, int dtype, int kernel, int device,
+                  uintptr_t stream) {
   const AttentionArgs args{pointer<void>(q), pointer<void>(k), pointer<void>(v), pointer<void>(out), q_token_stride,
                            q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
                            out_token_stride, out_head_stride, pointer<int32_t>(cu_seqlens_q),
                            pointer<int32_t>(cu_seqlens_k), pointer<int32_t>(seqused_k), batch, num_heads, head_dim,
-                           q_tokens, k_tokens, scale, 0};
+                           q_tokens, k_tokens, scale, pointer<float>(partial), segments, 0};
   on_device("attention", device,
             [&] { return attention(args, DType(dtype), AttentionKernel(kernel), pointer<void>(stream)); });
 }
@@ -163,6 +164,7 @@ void add_cuda(py::module_ m) {
   m.def("unpack", &unpack_at);
   m.def("position_ids", &position_ids_at);
   m.def("attention", &attention_at);
+  m.def("attention_segments", &attention_segments, "Parts of a note's keys that the kernel for few queries may make.");
   m.def("linear", &linear_at);
   m.def("has_cutlass", &has_cutlass, "Whether this build has the Hopper product.");
 }

@@ -20,7 +20,10 @@ REQUEST, BATCH = [128], [32 + (97 * i) % 481 for i in range(32)]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Ops of ids only, whatever the model's dtype; they run outside of graphs, so that host time is part of them.
 OF_IDS = ("pack", "pack.into", "position_ids")
-OPS = (*OF_IDS, "unpack", "embedding", "attention", "layer_norm", "gelu", "pooling", "linear.prepack")
+OPS = (
+    *OF_IDS, "unpack", "embedding", "attention", "attention.first_token", "layer_norm", "gelu", "pooling",
+    "linear.prepack",
+)  # fmt: skip
 ROUNDS, CALLS = 15, 10
 # Largest difference from PyTorch's result, relative to its largest value, that is a rounding.
 LARGEST_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -59,6 +62,10 @@ def _inputs(of_request: bool, dtype: torch.dtype, device: str) -> dict[str, Any]
             1e-12, 0, dtype,
         ),
         "attention": (*qkv.unbind(1), cu_seqlens, cu_seqlens, None, 0.125),
+        "attention.first_token": (
+            qkv[cu_seqlens[:-1].long(), 0], *qkv.unbind(1)[1:],
+            torch.arange(batch + 1, dtype=torch.int32, device=device), cu_seqlens, None, 0.125,
+        ),
         "layer_norm": (x, residual, weight, shift, 1e-12),
         "gelu": (rows(tokens, INNER), torch.randn(INNER, generator=g).to(device), "none"),
         "pooling": (x, cu_seqlens, "mean"),

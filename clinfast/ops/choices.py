@@ -45,6 +45,10 @@ class Choice:
 # `clinfast tune` measures them on the card at hand; `make gpu-check` does so too.
 TABLE: tuple[Choice, ...] = (
     Choice(
+        ("attention.first_token",), "cuda", "one query a note fills no tile of a product: ours reads each key once, a "
+        "note's keys split over warps",
+    ),
+    Choice(
         ("attention",), "cuda", "no tensor cores: Triton's dot is scalar code in registers and stack on 7.5",
         HALF, most=(7, 5),
     ),

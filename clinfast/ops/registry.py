@@ -43,6 +43,9 @@ BACKENDS = {
     "torch": Backend("clinfast.backends.torch", ("cpu", "cuda")),
 }
 
+# Forms of an op for calls of one kind, with its arguments; a backend that has none for them serves them by the op.
+FORMS = {"attention.first_token": "attention"}
+
 library = torch.library.Library(NAMESPACE, "DEF")
 calls: collections.Counter[str] = collections.Counter()
 
@@ -167,6 +170,8 @@ def _first_offer(name: str, candidates: tuple[str, ...], prechecked: bool) -> Ca
 def _offer(name: str, backend: str, prechecked: bool) -> Callable[..., Any] | None:
     offered = importlib.import_module(BACKENDS[backend].home).implementations()
     found = (offered.get(f"{name}.prechecked") if prechecked else None) or offered.get(name)
+    if found is None and name in FORMS:
+        return _offer(FORMS[name], backend, prechecked)
     return None if found is None else counted(f"{name}[{backend}]", found)
 
 

@@ -105,9 +105,16 @@ struct AttentionArgs {
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_k;
   int32_t batch, num_heads, head_dim, q_tokens, k_tokens;
   float scale;
+  // For `few`: room for q_tokens * num_heads * segments * (head_dim rounded up to 32, 64, 128 or 256, and 2), where
+  // there is more than one segment; see attention_segments().
+  float *partial;
+  int32_t segments;
   int32_t vectors;  // set by attention(): every row starts on 16 bytes and head_dim is a multiple of 8
 };
-enum class AttentionKernel : int32_t { automatic = 0, simt = 1, mma = 2, wgmma = 3 };
+// `few` is for few queries a note, and serves any number.
+enum class AttentionKernel : int32_t { automatic = 0, simt = 1, mma = 2, wgmma = 3, few = 4 };
+// Into how many parts `few` may cut the longest note of k_tokens keys.
+int attention_segments(int64_t k_tokens);
 int attention(const AttentionArgs &args, DType dtype, AttentionKernel kernel, Stream stream);
 
 // out = activation(x @ weight.T + bias) + residual, with exact GELU or without an activation; bias and residual may be

@@ -27,7 +27,7 @@ def test_every_op_dtype_and_card_has_a_row():
 
 def test_rows_name_ops_that_there_are():
     for choice in choices.TABLE:
-        assert set(choice.ops) <= {*registry.OPS, "linear.prepack", "pack.into"}
+        assert set(choice.ops) <= {*registry.OPS, *registry.FORMS, "linear.prepack", "pack.into"}
         assert set(choice.dtypes) <= set(choices.ANY)
 
 
