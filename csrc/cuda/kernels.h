@@ -76,6 +76,19 @@ struct PackArgs {
 };
 int pack(const PackArgs &args, Stream stream);
 
+// `pack` into buffers of a fixed address: `rows` tokens of notes that empty ones follow up to number `notes`, which has
+// the rows past the batch's. `from` has the outputs cu_seqlens [notes + 2], indices [rows], seqused_k [notes + 1] and
+// facts; its `notes` are read only where pack_into_counts_first(). Positions are column + position_offset or, with
+// counts_positions, those of position_ids() below.
+struct PackIntoArgs {
+  PackArgs from;
+  int32_t *input_ids, *token_type_ids, *position_ids;
+  int64_t rows, notes, position_offset, padding_idx;
+  int32_t counts_positions;
+};
+bool pack_into_counts_first(int64_t positions);
+int pack_into(const PackIntoArgs &args, Stream stream);
+
 // padded[indices[t]] = packed[t]; every other row is zero. An index that is no position is left out. padded is
 // contiguous.
 struct UnpackArgs {
