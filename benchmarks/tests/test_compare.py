@@ -169,3 +169,28 @@ def test_card_monitor(monkeypatch):
     with card_monitor.Monitor() as seen:
         seen._thread.join(5)
     assert seen.summary()["samples"] == 2
+
+
+def test_host_time_until_the_launch(monkeypatch):
+    """On a stand-in for the device: the launches are seen, the results are the same, and the graphs come back."""
+    sys.path.insert(0, str(ROOT / "tests" / "engine"))
+    import host_work
+    from engine_fakes import with_graphs
+    from transformers import BertConfig, BertModel
+
+    import clinfast
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 96}
+    model = clinfast.optimize(BertModel(BertConfig(vocab_size=20000, **sizes)).eval(), strict=True)
+    batch = model_cases.inputs([9], "cpu")
+    driver, graphs = with_graphs(model)
+    with torch.no_grad():
+        expected = model(**batch).last_hidden_state
+        replays, waits = driver.replays, []
+        found = host_work.until_launch(graphs, lambda: model(**batch), lambda: waits.append(1), calls=20)
+        assert driver.replays == replays + 20 == replays + len(waits)
+        assert 0 < found["median"] <= found["p90"]
+        assert torch.equal(model(**batch).last_hidden_state, expected)
+        assert all(type(c.graph) is not host_work._Timed for lane in graphs.pool.lanes for c in lane.graphs.values())
+        with pytest.raises(RuntimeError, match="launched no graph"):
+            host_work.until_launch(graphs, lambda: None, lambda: None, calls=1)
