@@ -15,7 +15,11 @@ HIDDEN_WIDTHS = (128, 256, 512, 1024)
 FLOATS = ("bf16", "fp16", "fp32")
 # [batch, seqlen] tiles of `pack_kernel`, the smallest that holds the batch is taken.
 PACK_TILES = ((1, 128), (1, 512), (8, 128), (8, 512), (32, 128))
-PACK_BLOCK = 512
+# [notes, columns at a time] of a program of `pack_scan_kernel`, for larger batches: the first that is as wide as a row.
+SCAN_TILES = ((16, 32), (4, 128), (1, 512), (1, 1024))
+SCAN_HEAD = 8  # int64s of its state before the word of each program
+SCAN_ABSENT = ("out_ids_ptr", "out_types_ptr", "positions_ptr")  # for `pack`
+POSITION_BLOCK = 512
 # More than the notes that a bucket of graphs with such a tile has room for.
 PACK_INTO_NOTES = 64
 ACTIVATIONS = ("gelu", "gelu_tanh")
@@ -72,17 +76,13 @@ KERNELS = {
         "mask_column:i types_row:i types_column:i",
         "BLOCK_B BLOCK_S BLOCK_N",
     ),
-    "pack_count_kernel": Kernel.of(
-        "packing",
-        "ids_ptr:p mask_ptr:p types_ptr:p seqused_ptr:p bad_ptr:p batch:i seqlen:i vocab_size:i type_vocab_size:i "
-        "has_mask:i has_types:i ids_row:i ids_column:i mask_row:i mask_column:i types_row:i types_column:i",
-        "BLOCK",
-    ),
-    "pack_place_kernel": Kernel.of(
-        "packing",
-        "mask_ptr:p seqused_ptr:p bad_ptr:p cu_seqlens_ptr:p indices_ptr:p facts_ptr:p batch:i seqlen:i has_mask:i "
-        "keep_padding:i mask_row:i mask_column:i",
-        "BLOCK",
+    "pack_scan_kernel": Kernel.of(
+        "packing_scan",
+        "ids_ptr:p mask_ptr:p types_ptr:p out_ids_ptr:p out_types_ptr:p positions_ptr:p indices_ptr:p cu_seqlens_ptr:p "
+        "seqused_ptr:p facts_ptr:p state_ptr:p batch:i seqlen:i rows:i notes:i vocab_size:i type_vocab_size:i "
+        "position_offset:i padding_idx:i has_mask:i has_types:i keep_padding:i counts_positions:i ids_row:i "
+        "ids_column:i mask_row:i mask_column:i types_row:i types_column:i",
+        "BLOCK_B BLOCK_S",
     ),
     "position_ids_kernel": Kernel.of(
         "packing", "ids_ptr:p out_ptr:p seqlen:i padding_idx:i ids_row:i ids_column:i", "BLOCK"
@@ -160,7 +160,7 @@ def make(
 
 
 NORM = {"weight_ptr": "fp32", "shift_ptr": "fp32", "bias_ptr": "fp32"}
-IDS = {name: "i64" for name in ("ids_ptr", "types_ptr", "facts_ptr")}
+IDS = {name: "i64" for name in ("ids_ptr", "types_ptr", "facts_ptr", "state_ptr")}
 INTEGERS = dict.fromkeys(
     ("indices_ptr", "positions_ptr", "cu_seqlens_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_ptr", "bad_ptr",
      "tiles_ptr", "out_ptr", "out_ids_ptr", "out_types_ptr"), "i32",
@@ -181,7 +181,8 @@ def _rowwise(of_class: int) -> Iterator[Variant]:
             yield make("layer_norm_kernel", NORM, tile, warps, floats=floats, absent=("residual_ptr", "bias_ptr"))
             yield make("layer_norm_kernel", NORM, tile, warps, floats=floats, absent=("bias_ptr",))
             pointers = NORM | IDS | {"indices_ptr": "i32", "positions_ptr": "i32"}
-            yield make("embedding_kernel", pointers, tile, warps, floats=floats, absent=("bad_ptr",))
+            for absent in ((), ("weight_ptr", "shift_ptr")):
+                yield make("embedding_kernel", pointers, tile, warps, floats=floats, absent=("bad_ptr", *absent))
         for kind in ("first_token", "mean", "max"):
             yield make("pooling_kernel", {"cu_seqlens_ptr": "i32"}, (kind, 16, 128), floats=floats)
         for kernel in ("unpack_kernel", "scatter_rows_kernel"):
@@ -198,9 +199,10 @@ def _packing() -> Iterator[Variant]:
         for tile in PACK_TILES:
             yield make("pack_kernel", pointers, tile, pack_warps(*tile))
             yield make("pack_into_kernel", pointers, (*tile, PACK_INTO_NOTES), pack_warps(*tile))
-        yield make("pack_count_kernel", pointers, (PACK_BLOCK,))
-        yield make("pack_place_kernel", pointers, (PACK_BLOCK,))
-    yield make("position_ids_kernel", INTEGERS | IDS, (PACK_BLOCK,))
+        for tile in SCAN_TILES:
+            for absent in (SCAN_ABSENT, ()):
+                yield make("pack_scan_kernel", pointers, tile, absent=absent)
+    yield make("position_ids_kernel", INTEGERS | IDS, (POSITION_BLOCK,))
     yield make("tiles_kernel", INTEGERS, (32, 128))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clinfast.backends.triton import checks, cubins, device
-from clinfast.backends.triton.launch import launch, or_torch
+from clinfast.backends.triton.launch import launch
 from clinfast.triton_kernels import configs
 
 MAX_HEAD_DIM = 256
@@ -156,7 +156,6 @@ def extended(
     return out
 
 
-@or_torch("attention")
 def prechecked(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None, scale: float
 ) -> Tensor:
@@ -174,7 +173,6 @@ def attention(
     return result
 
 
-@or_torch("attention")
 def fixed(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None, scale: float
 ) -> Tensor:

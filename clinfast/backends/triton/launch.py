@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clinfast.backends import torch as fallbacks
 from clinfast.backends.triton import cubins, device
-from clinfast.ops.registry import calls
+from clinfast.ops.registry import NotOffered
 from clinfast.triton_kernels.variants import KERNELS
 
-log = logging.getLogger("clinfast")
-Function = TypeVar("Function", bound=Callable[..., Any])
 Runner = Callable[[tuple[int, int, int], tuple[Any, ...]], None]
 
 _runners: dict[tuple[Any, ...], Runner] = {}
@@ -25,7 +21,7 @@ _runners: dict[tuple[Any, ...], Runner] = {}
 launches = {"cubin": 0, "jit": 0}
 
 
-class KernelUnavailable(Exception):
+class KernelUnavailable(NotOffered):
     """There is no cubin for the call, and Triton cannot compile one here; the message says why."""
 
 
@@ -135,26 +131,3 @@ def _refusing(name: str, reason: str) -> Runner:
         raise KernelUnavailable(f"the package has no {name} for this card and shape, and {reason}")
 
     return run
-
-
-@functools.cache
-def _announce(name: str, reason: str) -> None:
-    log.warning("clinfast: PyTorch serves %s where %s", name, reason)
-
-
-def or_torch(name: str) -> Callable[[Function], Function]:
-    """Where no kernel is to be had, the next backend serves the op `name`: said once, counted as its own."""
-
-    def wrap(function: Function) -> Function:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return function(*args, **kwargs)
-            except KernelUnavailable as reason:
-                _announce(name, str(reason))
-                calls[f"{name}[torch]"] += 1
-                return getattr(fallbacks, name)(*args, **kwargs)
-
-        return call  # type: ignore[return-value]
-
-    return wrap

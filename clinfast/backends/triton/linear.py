@@ -11,6 +11,7 @@ from clinfast.backends.torch import linear, scatter_in_blocks
 from clinfast.backends.triton import checks, device
 from clinfast.backends.triton.launch import KernelUnavailable, Matrix, launch
 from clinfast.ops.linear import ACTIVATIONS
+from clinfast.ops.registry import substitute
 from clinfast.triton_kernels import configs
 
 # The rows whose tiles `FixedLinear` takes.
@@ -45,8 +46,9 @@ class GpuLinear:
         if x.shape[0] and not self._stock and self._is_ours(activation):
             try:
                 return self.product(x, activation, residual)
-            except KernelUnavailable:
-                self._stock = True
+            except KernelUnavailable as reason:
+                self._stock, self.library = True, "cuBLAS"
+                substitute("linear", "torch", str(reason))
         return linear(x, self.weight, self.bias, activation, residual)
 
     def scatter(self, x: Tensor, rows: Tensor, out: Tensor) -> None:
