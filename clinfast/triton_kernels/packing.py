@@ -1,6 +1,7 @@
 """`pack`, `unpack`, `position_ids`.
 
-`pack` here is for a batch that fits the registers of one program (`variants.PACK_TILES`); `packing_scan` has larger ones.
+`pack` here is for a batch that fits the registers of one program (`variants.PACK_TILES`); `packing_scan` is for larger
+ones.
 """
 
 import triton

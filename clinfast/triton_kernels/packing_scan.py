@@ -10,8 +10,8 @@ import triton.language as tl
 
 from clinfast.triton_kernels.packing import NONE, outside, store_facts
 
-# State, in int64: turns given, programs done, longest note, empty notes; NONE minus the first bad id, bad type and masked
-# note; then a word a turn: four times its tokens + 1, or four times all tokens up to it + 2.
+# State, in int64: turns given, programs done, longest note, empty notes; NONE minus the first bad id, bad type and
+# masked note; then a word a turn: four times its tokens + 1, or four times all tokens up to it + 2.
 HEAD = tl.constexpr(8)
 # Words looked at together: one a thread of four warps, since copies in other threads could see other values.
 WINDOW = tl.constexpr(128)

@@ -76,14 +76,14 @@ class GpuLinear:
                 "linear_tma_kernel", grid,
                 (Matrix(x, (tiles.block_m, tiles.block_k)), Matrix(self.weight, (tiles.block_n, tiles.block_k)),
                  self._bias32, residual, Matrix(out, (tiles.block_m, tiles.block_n)), m, n, k, residual_row),
-                (*constants, "ieee"), tiles.num_warps, tiles.num_stages,
+                (*constants, "ieee"), tiles.num_warps, tiles.num_stages, tiles.registers,
             )  # fmt: skip
         else:
             launch(
                 "linear_kernel", grid,
                 (x, self.weight, self._bias32, residual, out, m, n, k, x.stride(0), self.weight.stride(0), residual_row,
                  n),
-                (*constants, k % tiles.block_k == 0, "ieee"), tiles.num_warps, tiles.num_stages,
+                (*constants, k % tiles.block_k == 0, "ieee"), tiles.num_warps, tiles.num_stages, tiles.registers,
             )  # fmt: skip
         return out
 

@@ -11,7 +11,14 @@ from torch import Tensor
 from clinfast.backends.triton import checks, cubins
 from clinfast.backends.triton import device as gpu
 from clinfast.backends.triton.launch import launch
-from clinfast.triton_kernels.variants import PACK_TILES, POSITION_BLOCK, SCAN_HEAD, SCAN_TILES, pack_warps
+from clinfast.triton_kernels.variants import (
+    PACK_REGISTERS,
+    PACK_TILES,
+    POSITION_BLOCK,
+    SCAN_HEAD,
+    SCAN_TILES,
+    pack_warps,
+)
 
 INT32_MAX = 2**31 - 1
 ROWS, BLOCK = 8, 256
@@ -64,7 +71,7 @@ def pack(
             "pack_kernel", (1, 1, 1),
             (input_ids, mask, types, cu_seqlens, indices, seqused_k, facts, batch, seqlen, vocab_size, type_vocab_size,
              *flags, *strides),
-            tile, pack_warps(*tile),
+            tile, pack_warps(*tile), registers=PACK_REGISTERS,
         )  # fmt: skip
     else:
         scan(
@@ -83,17 +90,18 @@ def scan(tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> None:
     programs = max(1, checks.cdiv(batch, tile[0]))
     with gpu.on(ids):
         state = _state(ids, SCAN_HEAD + programs)
-        launch("pack_scan_kernel", (programs, 1, 1), (*tensors, state, *numbers), tile)
+        launch("pack_scan_kernel", (programs, 1, 1), (*tensors, state, *numbers), tile, registers=PACK_REGISTERS)
 
 
 def _state(like: Tensor, size: int) -> Tensor:
-    """Zeros, which the kernel leaves as zeros. Two launches at a time must not share it: there is one a thread and stream,
-    and one a graph that the caller captures."""
+    """Zeros, which the kernel leaves as zeros. Launches that may run at the same time must not share it: there is one a
+    thread and stream, and one a graph that the caller captures."""
     if gpu.capturing():
         return torch.zeros(size, dtype=torch.int64, device=like.device)
     index = gpu.index_of(like)
-    key, held = (index, cubins.stream(index)), _states.__dict__
-    state: Tensor | None = held.get(key)  # type: ignore[call-overload]
+    key = (index, cubins.stream(index))
+    held: dict[Any, Tensor] = _states.__dict__
+    state = held.get(key)
     if state is None or state.shape[0] < size:
         state = held[key] = torch.zeros(max(1024, checks.power_of_two(size)), dtype=torch.int64, device=like.device)
     return state

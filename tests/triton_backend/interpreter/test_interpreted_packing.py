@@ -167,7 +167,8 @@ def test_pack_into(data):
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     buffers = [PackedBuffers.of(1200, 32, torch.device("cpu")) for _ in range(2)]
     for _ in range(2):
-        batch, seqlen = data.draw(st.sampled_from([(1, 1), (1, 300), (5, 17), (8, 60), (20, 21), (33, 11), (9, 64), (2, 590)]))
+        shapes = [(1, 1), (1, 300), (5, 17), (8, 60), (20, 21), (33, 11), (9, 64), (2, 590)]
+        batch, seqlen = data.draw(st.sampled_from(shapes))
         wide = data.draw(st.sampled_from([torch.int32, torch.int64]))
         layout = data.draw(st.sampled_from(LAYOUTS))
         ids = torch.randint(-1 if data.draw(st.booleans()) else 0, VOCAB, (batch, seqlen), generator=g, dtype=wide)
