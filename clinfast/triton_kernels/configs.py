@@ -92,8 +92,8 @@ def _of_shape(of_class: int, op: str, shape: str) -> Any:
 
 @functools.cache
 def attention(of_class: int, itemsize: int, head_dim: int, kind: str) -> Attention:
-    """`kind`: `"long"`, `"short"` (a note is one tile of keys), `"few"` (a query or two a note), or `"biased"` (a bias or
-    a window), which the table may leave to `"long"`."""
+    """`kind`: `"long"`, `"short"` (a note is one tile of keys), `"few"` (a query or two a note), or `"biased"` (a bias
+    or a window), which the table may leave to `"long"`."""
     width = next(block for block in (16, 32, 64, 128, 256) if head_dim <= block)
     entry = _of_shape(of_class, "attention", f"{8 * itemsize} bit, head_dim {width}")
     return Attention(**(entry["long"] if kind == "biased" and kind not in entry else entry[kind]))
