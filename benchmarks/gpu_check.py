@@ -123,6 +123,16 @@ MODELS = ("minilm", "bert-base", "bert-large", "distilbert-qa")
 CELLS = ("1x16 1x128", "1x384 1x512", "32x128 8x512", "ragged-32", "squad-64")
 
 
+def backends() -> dict[str, Any]:
+    """The fastest backend of each op and size, and whether programmatic dependent launch gains."""
+    table = RESULTS / "tuning.json"
+    done = command(sys.executable, "-m", "clinfast", "tune", "--skip-tiles", "--output", str(table))
+    if not done["status"]:
+        found = json.loads(table.read_text())
+        done["table"] = {key: found.get(key) for key in ("backends", "programmatic_launch")}
+    return done
+
+
 def bench(out: Path, *what: str) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     return no_tests_is_fine(command(sys.executable, "-m", "pytest", "-q", *what, f"--benchmark-json={out}"))
@@ -160,6 +170,7 @@ STAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "build": build,
     "tests": tests,
     "sanitizer": sanitizer,
+    "backends": backends,
     "benchmarks": benchmarks,
     **{
         f"{model} {cells}": functools.partial(bench_models, model, cells) for model in MODELS for cells in CELLS

@@ -1,6 +1,6 @@
 """A pytest plugin for machines without a GPU: what asks for CUDA gets the CPU, Triton's kernels are interpreted, clocks
-stand still. The GPU benchmarks then run from end to end on small inputs: times mean nothing, but a wrong name, argument or
-shape shows here, and so does a result beyond its error budget.
+stand still. The GPU benchmarks then run from end to end on small inputs: times mean nothing, but a wrong name or
+argument shows here, and so does a result beyond its error budget.
 
 Only where TRITON_INTERPRET=1. Streams, events and graphs are stand-ins; torch.compile returns what it is given.
 """

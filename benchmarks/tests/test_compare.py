@@ -85,8 +85,15 @@ def test_check(tmp_path, capsys):
     path = tmp_path / "models.json"
     path.write_text(json.dumps(results(ours=0.2)))
     arguments = ["check", str(path), "--baselines", str(tmp_path)]
-    assert compare.main(arguments) == 0
-    assert "no baseline of NVIDIA H200" in capsys.readouterr().out
+    # Neither passed nor slower: a gate that compared nothing must not look green.
+    assert compare.main(arguments) == compare.NO_BASELINE
+    said = capsys.readouterr().out
+    assert said.startswith("NOT COMPARED: there is no baseline of NVIDIA H200") and "those of no card" in said
+    other = tmp_path / "nvidia-a100" / "baseline.json"
+    other.parent.mkdir()
+    other.write_text(json.dumps(results(card="NVIDIA A100")))
+    assert compare.main(arguments) == compare.NO_BASELINE
+    assert "those of nvidia-a100" in capsys.readouterr().out
     baseline = tmp_path / "nvidia-h200" / "baseline.json"
     baseline.parent.mkdir()
     baseline.write_text(json.dumps(results()))
@@ -95,6 +102,19 @@ def test_check(tmp_path, capsys):
     baseline.write_text("{")
     assert compare.main(arguments) == 2
     assert compare.main(["check", str(tmp_path / "gone.json")]) == 2
+
+
+def test_a_run_becomes_the_baseline(tmp_path, capsys):
+    path, baselines = tmp_path / "models.json", tmp_path / "baselines"
+    path.write_text(json.dumps(results()))
+    assert compare.main(["check", str(path), "--baselines", str(baselines)]) == compare.NO_BASELINE
+    assert f"python -m benchmarks.compare keep {path}" in capsys.readouterr().out
+    assert compare.main(["keep", str(path), "--baselines", str(baselines)]) == 0
+    assert compare.main(["check", str(path), "--baselines", str(baselines)]) == 0
+    path.write_text(json.dumps(results(ours=0.2)))
+    assert compare.main(["check", str(path), "--baselines", str(baselines)]) == compare.SLOWER
+    path.write_text(json.dumps({"card": "NVIDIA H200", "cells": {}}))
+    assert compare.main(["keep", str(path), "--baselines", str(baselines)]) == compare.UNREADABLE
 
 
 def test_workflow_calls_make_targets_that_are_there():

@@ -140,6 +140,7 @@ class Encoder:
                 executor.layer_norm = registry.implementation("layer_norm.fp8", self.backend, device)
             if kind == "fixed":
                 executor.attention = registry.implementation("attention.fixed", self.backend, device)
+                executor.first_token_attention = executor.attention
                 registry.implementation("linear.prepack_fixed", self.backend, device)
         except RuntimeError:
             wanted = "precision='fp8'" if kind == "fp8" else "reproducible=True"

@@ -46,6 +46,9 @@ BACKENDS = {
     "torch": Backend("clinfast.backends.torch", ("cpu", "cuda")),
 }
 
+# Forms of an op for calls of one kind, with its arguments; a backend that has none for them serves them by the op.
+FORMS = {"attention.first_token": "attention"}
+
 library = torch.library.Library(NAMESPACE, "DEF")
 calls: collections.Counter[str] = collections.Counter()
 # Which backend serves an op in the place of the one that was chosen, and why, in sentences; said once each.
@@ -150,10 +153,16 @@ def implementation(name: str, backend: str, device: str = "cpu", *, prechecked: 
     if chosen != "auto" or device != "cuda":
         return _first_offer(name, tuple(candidates), device, prechecked)
     card = choices.capability()
-    return choices.by_dtype(
+    return choices.by_call(
         {
-            dtype: _first_offer(name, tuple(choices.ranked(name, candidates, dtype, card)), device, prechecked)
+            (dtype, of_request): _first_offer(
+                name,
+                tuple(choices.ranked(name, candidates, dtype, card, choices.REQUEST_ROWS if of_request else None)),
+                device,
+                prechecked,
+            )
             for dtype in KERNEL_DTYPES["cuda"]
+            for of_request in (True, False)
         }
     )
 
@@ -208,6 +217,8 @@ def substitute(name: str, served: str, reason: str) -> None:
 def _offer(name: str, backend: str, prechecked: bool) -> Callable[..., Any] | None:
     offered = importlib.import_module(BACKENDS[backend].home).implementations()
     found = (offered.get(f"{name}.prechecked") if prechecked else None) or offered.get(name)
+    if found is None and name in FORMS:
+        return _offer(FORMS[name], backend, prechecked)
     return None if found is None else counted(f"{name}[{backend}]", found)
 
 

@@ -46,6 +46,7 @@ __device__ __forceinline__ void put(const Row &row, const EmbeddingArgs &args, O
 template <typename T, int Vectors, int Threads, bool Aligned>
 __global__ void __launch_bounds__(Threads == 32 ? 32 * kRowsPerBlock : Threads)
     embedding_kernel(const EmbeddingArgs args) {
+  after_earlier_grids();
   constexpr int N = Vector<T>::N;
   CLINFAST_SHARED(float, scratch, Threads / 32);
   int64_t token = blockIdx.x;

@@ -22,10 +22,13 @@ class EagerExecutor:
         # On the CPU the product adds the residual while its result is in the cache, and the FFN is taken in slices that
         # stay there; a GPU's norm reads the residual as cheaply as an epilogue would, and leaves the library its best.
         self.adds_in_norm = self.whole_ffn = device != "cpu"
-        ops = ("pack", "position_ids", "embedding", "attention", "layer_norm", "unpack", "pooling")
+        ops = (
+            "pack", "position_ids", "embedding", "attention", "attention.first_token", "layer_norm", "unpack", "pooling"
+        )  # fmt: skip
         found = [registry.implementation(name, backend, device, prechecked=True) for name in ops]
         (
-            self.pack, self.position_ids, self.embedding, self.attention, self.layer_norm, self.unpack, self.pooling,
+            self.pack, self.position_ids, self.embedding, self.attention, self.first_token_attention, self.layer_norm,
+            self.unpack, self.pooling,
         ) = found  # fmt: skip
 
     def all_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
@@ -89,7 +92,7 @@ class EagerExecutor:
             k, v = layer.key_value(h).view(-1, 2, *shape[1:]).unbind(1)
             q = layer.query(self._before(layer.attention_norm, first)).view(shape)
         rows = one_row_a_note(batch.batch, x.device)
-        context = self.attention(q, k, v, rows, batch.cu_seqlens, batch.seqused_k, spec.scale)
+        context = self.first_token_attention(q, k, v, rows, batch.cu_seqlens, batch.seqused_k, spec.scale)
         return self._after_attention(layer, context, first)
 
     def _after_attention(self, layer: PackedLayer, context: Tensor, x: Tensor) -> Tensor:
