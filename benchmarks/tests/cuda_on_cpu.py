@@ -17,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests" / "triton_backend" / "interpreter"), str(ROOT / "benchmarks" / "gpu")]
+sys.path[:0] = [str(ROOT / path) for path in ("tests/triton_backend/interpreter", "tests/cuda", "benchmarks/gpu")]
 
 
 class OnCpu(TorchFunctionMode):
@@ -83,10 +83,27 @@ def install() -> None:
     cubins.available = lambda index: False  # type: ignore[assignment]
     cubins.find = lambda *args: None  # type: ignore[assignment]
     launch._try = lambda name, call: call()  # type: ignore[assignment]
+    everywhere = ("cpu", "cuda")
     registry.BACKENDS = {
-        "triton": registry.Backend("clinfast.backends.triton", ("cpu", "cuda")), "torch": registry.BACKENDS["torch"],
-    }  # fmt: skip
+        "triton": registry.Backend("clinfast.backends.triton", everywhere),
+        "cuda": registry.Backend("clinfast.backends.cuda", everywhere),
+        "torch": registry.BACKENDS["torch"],
+    }
     registry.KERNEL_DTYPES["cpu"] = registry.KERNEL_DTYPES["cuda"]
+    emulate()
+
+
+def emulate() -> None:
+    """The CUDA C++ kernels from their host emulation, where a compiler can build it."""
+    from emulation import build
+
+    from clinfast.backends.cuda import native
+
+    reason = build.missing()
+    kernels = None if reason else build.load()
+    native._load = lambda: (kernels, reason)  # type: ignore[assignment]
+    native._raw_stream = lambda device: 0  # type: ignore[assignment]
+    native.ON_CUDA = False
 
 
 def pytest_configure(config: Any) -> None:
@@ -104,5 +121,13 @@ def pytest_collection_finish(session: Any) -> None:
 
 SMALL: dict[str, dict[str, Any]] = {
     "gpu_timing": {"ROUNDS": 1, "REPEATS": 1, "COPIED": 1 << 10, "MULTIPLIED": 32},
-    "bench_triton": {"HEADS": 4},
+    "bench_triton_attention": {
+        "HEADS": 4, "CHECKED_NOTES": 2,
+        "CASES": {"mixed_32_512": [32, 70, 5], "128_tokens": [128], "512_tokens": [200], "16_tokens": [16] * 4},
+    },
+    "bench_triton_rows": {"ROWS": 8, "VOCABULARY": 50, "NOTES": 3, "SEQLEN": 4, "SETS": 2},
+    "bench_triton_linear": {"ROWS": {"128": 16, "1024": 16, "8192": 16, "32768": 16}},
+    "bench_triton_packing": {
+        "HIDDEN": 192, "LAYERS": 1, "CALLS": 1, "ITERATIONS": 1, "BATCHES": {"32x512": (4, 90), "128x512": (9, 300)}
+    },
 }
