@@ -1,13 +1,17 @@
+import dataclasses
 import importlib
 import json
 import re
+import types
 
 import pytest
 import torch
 
+import clinfast
 from clinfast.backends import cuda
 from clinfast.backends.cuda import native
 from clinfast.ops import choices, registry
+from clinfast.report import UnitReport
 from clinfast.triton_kernels import configs
 
 for stem in registry.STEMS:
@@ -128,6 +132,60 @@ def test_without_its_kernels_the_backend_offers_nothing_and_torch_serves():
     assert registry.implementation("layer_norm", "auto", "cuda").__module__ != "clinfast.backends.cuda.layer_norm"
     with pytest.raises(RuntimeError, match="no backend of cuda serves the op 'layer_norm'"):
         registry.implementation("layer_norm", "cuda", "cuda")
+
+
+@pytest.fixture
+def two_partial_backends(monkeypatch):
+    """On a GPU, a first backend with a kernel for even rows, a second for few, a third for all; each offers `gelu`."""
+
+    def offering(name, refuses):
+        def gelu(x, bias=None, approximate="none"):
+            if refuses(x):
+                raise registry.NotOffered(f"{name} has no kernel for {x.shape[0]} rows")
+            return (name, x)
+
+        return types.SimpleNamespace(implementations=lambda: {"gelu": gelu})
+
+    homes = {"first": offering("first", lambda x: x.shape[0] % 2), "second": offering("second", lambda x: len(x) > 5)}
+    homes["third"] = types.SimpleNamespace(implementations=lambda: {"gelu": lambda x, *rest: ("third", x)})
+    backends = {name: registry.Backend(name, ("cuda",), partial=name != "third") for name in homes}
+    monkeypatch.setattr(registry, "BACKENDS", backends)
+    monkeypatch.setattr(registry, "importlib", types.SimpleNamespace(import_module=homes.__getitem__))
+    monkeypatch.setattr(registry, "substitutes", [])
+    caches = (registry.implementation, registry._offer, registry._with_next)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    monkeypatch.undo()
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["auto", "first"])
+def test_a_call_without_a_kernel_goes_to_the_next_backend_and_the_reason_is_kept(two_partial_backends, backend, caplog):
+    gelu = registry.implementation("gelu", backend, "cuda")
+    registry.calls.clear()
+    assert gelu(torch.zeros(2, 1))[0] == "first" and not registry.substitutes
+    for _ in range(2):
+        assert gelu(torch.zeros(3, 1))[0] == "second" and gelu(torch.zeros(7, 1))[0] == "third"
+    assert registry.calls == {"gelu[first]": 1, "gelu[second]": 2, "gelu[third]": 2}
+    assert registry.substitutes == [
+        "second serves gelu where first has no kernel for 3 rows",
+        "second serves gelu where first has no kernel for 7 rows",
+        "third serves gelu where second has no kernel for 7 rows",
+    ]
+    assert [record.message for record in caplog.records] == [f"clinfast: {line}" for line in registry.substitutes]
+    report = clinfast.report(torch.nn.Linear(1, 1))
+    unit = UnitReport("", "BertModel", 0, 0, {}, {}, None, "a reason")
+    assert report.substitutes == tuple(registry.substitutes)
+    assert registry.substitutes[2] in str(dataclasses.replace(report, units=(unit,)))
+
+
+def test_where_no_other_backend_offers_it_the_call_says_so(two_partial_backends):
+    del registry.BACKENDS["third"], registry.BACKENDS["second"]
+    gelu = registry.implementation("gelu", "auto", "cuda")
+    with pytest.raises(NotImplementedError, match="gelu: first has no kernel for 1 rows, and no other backend"):
+        gelu(torch.zeros(1, 1))
 
 
 def versions(driver, runtime=13000, devices=1, error=0):

@@ -36,7 +36,7 @@ def chosen(of_class, everything):
         elif variant.kernel == "pooling_kernel":
             path = (variant.kernel, variant.constants[0])
         else:
-            path = (variant.kernel, variant.constants if variant.kernel == "pack_kernel" else 0)
+            path = (variant.kernel, variant.constants if variant.kernel == "pack_kernel" else 0, "-" in variant.types)
         if path not in seen:
             seen.add(path)
             kept.append(variant)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from clinfast.backends import fp8
 from clinfast.backends.triton import checks, device
-from clinfast.backends.triton.launch import KernelUnavailable, _announce, _try
+from clinfast.backends.triton.launch import KernelUnavailable, _try
+from clinfast.ops.registry import substitute
 
 MAX_HIDDEN = 8192
 
@@ -77,7 +78,7 @@ def _compiles() -> bool:
         except KernelUnavailable as error:
             reason = str(error)
     if reason is not None:
-        _announce("quantise", reason)
+        substitute("quantise", "torch", reason)
     return reason is None
 
 

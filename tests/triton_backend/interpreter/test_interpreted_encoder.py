@@ -4,7 +4,7 @@ import pytest
 import torch
 from bert_models import Subject, ids, make, right_padded
 from engine_fakes import with_graphs
-from transformers import RobertaConfig, RobertaForTokenClassification
+from transformers import RobertaConfig, RobertaForTokenClassification, XLMRobertaXLConfig, XLMRobertaXLModel
 
 import clinfast
 from clinfast.backends.triton import launch
@@ -66,6 +66,21 @@ def test_roberta_counts_positions():
     mask = right_padded([18, 5])
     subject.check(input_ids=torch.where(mask.bool(), ids(2, 18) % 90 + 3, 1), attention_mask=mask)
     assert registry.calls["position_ids[triton]"]
+
+
+def test_norm_before_its_layer_and_an_embedding_without_one():
+    torch.manual_seed(0)
+    model = XLMRobertaXLModel(
+        XLMRobertaXLConfig(
+            vocab_size=97, hidden_size=64, num_attention_heads=2, num_hidden_layers=2, intermediate_size=96,
+            max_position_embeddings=64, pad_token_id=1,
+        )
+    ).eval()  # fmt: skip
+    subject = Subject(model)
+    mask = right_padded([18, 5])
+    subject.check(input_ids=torch.where(mask.bool(), ids(2, 18) % 90 + 3, 1), attention_mask=mask)
+    assert registry.calls["embedding[triton]"]
+    assert not {label for label in ran() if label.endswith("[torch]")}
 
 
 def test_an_id_out_of_range_raises_before_the_gather():
