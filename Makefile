@@ -59,7 +59,8 @@ cuda-check:
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
 
-# What gpu-check measured, against the committed baseline of the same card.
+# What gpu-check measured, against the committed baseline of the same card. Fails where one is slower, and where there
+# is no baseline: `python -m benchmarks.compare keep benchmarks/results/gpu/models.json` makes one.
 gpu-compare:
 	$(PYTHON) -m benchmarks.compare check benchmarks/results/gpu/models.json
 

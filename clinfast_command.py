@@ -114,9 +114,10 @@ def parser() -> argparse.ArgumentParser:
     )
     tune = commands.add_parser(
         "tune",
-        help="time the GPU kernels' tiles on this machine's card",
-        description="Writes a tuning table for the card; the environment variable CLINFAST_TUNING_TABLE puts it to "
-        "use. Exit status: 0 written, 2 no GPU or bad input.",
+        help="time the GPU kernels' tiles, and the backends against each other, on this machine's card",
+        description="Writes a tuning table for the card: tiles, the fastest backend of each op and size, and whether "
+        "programmatic dependent launch gains; the environment variable CLINFAST_TUNING_TABLE puts it to use. Exit "
+        "status: 0 written, 2 no GPU or bad input.",
     )
     tune.add_argument("--output", type=Path, default=Path("clinfast-tuning.json"), metavar="FILE", help="the table")
     tune.add_argument(
@@ -126,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--head-dims", type=wholes, default=[32, 64], metavar="LIST", help="head dimensions of attention (32,64)"
     )
+    tune.add_argument("--skip-tiles", action="store_true", help="race the backends only, with the tiles that there are")
     return top
 
 

@@ -2,9 +2,11 @@
 
     python -m benchmarks.compare merge OUT.json PART.json...     also OUT.md and OUT.png
     python -m benchmarks.compare check OUT.json [--baselines benchmarks/results/gpu]
+    python -m benchmarks.compare keep OUT.json [--baselines benchmarks/results/gpu]
 
 `check` compares our times, cell by cell. A cell is slower only beyond the noise band: 5% and the spread of both runs'
-rounds, whichever is more, and beyond 3 us. Exit status: 0 nothing slower, or no baseline; 1 slower; 2 unreadable.
+rounds, whichever is more, and beyond 3 us. Exit status: 0 nothing slower; 1 slower; 2 unreadable; 3 nothing was
+compared, since there is no baseline of this card. `keep` makes a run the baseline of its card, to be committed.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ BASELINES = ROOT / "results" / "gpu"
 OURS = "clinfast"
 NOISE, LEAST_MILLISECONDS = 0.05, 0.003
 KINDS = ("synchronous", "throughput")
+SLOWER, UNREADABLE, NO_BASELINE = 1, 2, 3
 
 
 def card_folder(card: str) -> str:
@@ -122,15 +125,34 @@ def slower(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
     return found
 
 
+def baseline_of(results: dict[str, Any], baselines: Path) -> Path:
+    return baselines / card_folder(results["card"]) / "baseline.json"
+
+
 def check(path: Path, baselines: Path) -> int:
     now = json.loads(path.read_text())
-    baseline = baselines / card_folder(now["card"]) / "baseline.json"
+    baseline = baseline_of(now, baselines)
     if not baseline.exists():
-        print(f"no baseline of {now['card']}: nothing to compare with. To make this run one, commit it as {baseline}")
-        return 0
+        others = sorted(file.parent.name for file in baselines.glob("*/baseline.json"))
+        print(
+            f"NOT COMPARED: there is no baseline of {now['card']} ({baseline}); there are those of "
+            f"{', '.join(others) or 'no card'}. To make this run the baseline: python -m benchmarks.compare keep {path}"
+        )
+        return NO_BASELINE
     found = slower(now, json.loads(baseline.read_text()))
     print("\n".join(found) or f"nothing is slower than the baseline of {now['card']}")
-    return 1 if found else 0
+    return SLOWER if found else 0
+
+
+def keep(path: Path, baselines: Path) -> int:
+    now = json.loads(path.read_text())
+    baseline = baseline_of(now, baselines)
+    if not now["cells"]:
+        raise ValueError("it has no cell")
+    baseline.parent.mkdir(parents=True, exist_ok=True)
+    baseline.write_text(json.dumps(now, indent=1) + "\n")
+    print(f"{baseline}: {len(now['cells'])} cells of {now['card']}; commit it")
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -139,13 +161,16 @@ def main(arguments: list[str] | None = None) -> int:
     merging = actions.add_parser("merge")
     merging.add_argument("out", type=Path)
     merging.add_argument("parts", type=Path, nargs="+")
-    checking = actions.add_parser("check")
-    checking.add_argument("out", type=Path)
-    checking.add_argument("--baselines", type=Path, default=BASELINES)
+    for action in ("check", "keep"):
+        one = actions.add_parser(action)
+        one.add_argument("out", type=Path)
+        one.add_argument("--baselines", type=Path, default=BASELINES)
     options = parser.parse_args(arguments)
     try:
         if options.action == "check":
             return check(options.out, options.baselines)
+        if options.action == "keep":
+            return keep(options.out, options.baselines)
         results = merge([json.loads(part.read_text()) for part in options.parts])
         options.out.write_text(json.dumps(results, indent=1) + "\n")
         text = table(results)
@@ -154,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(text)
     except (OSError, ValueError, KeyError) as error:
         print(f"{options.out}: {type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return UNREADABLE
     return 0
 
 

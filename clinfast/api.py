@@ -158,7 +158,10 @@ def _optimize_unit(unit: patch.Unit, options: Options) -> None:
         padding=options.padding,
         reproducible=options.reproducible,
     )
-    error = canary.check(unit.module, match, encoder)
+    try:
+        error = canary.check(unit.module, match, encoder)
+    except NotImplementedError as refusal:  # a kernel that only its first call could find missing
+        raise Unsupported(str(refusal)) from refusal
     forward = patch.bind(
         unit.module, match, encoder, strict=options.strict, inference_only=options.inference_only
     )
@@ -239,7 +242,7 @@ def report(model: Any) -> Report:
         )
     for path, module, reason in patch.find_refused(model):
         units.append(UnitReport(path, type(module).__name__, 0, 0, {}, {}, None, reason))
-    return Report(tuple(units), dict(registry.calls), native.isa())
+    return Report(tuple(units), dict(registry.calls), native.isa(), tuple(registry.substitutes))
 
 
 def verify(model: Any, inputs: Any, *, tolerance: float | None = None) -> Verification:

@@ -28,11 +28,15 @@ class UnitReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What runs how: per module, in total, and the kernel calls of this process by op and backend."""
+    """What runs how: per module, in total, and the kernel calls of this process by op and backend.
+
+    `substitutes` says in sentences which backend serves an op in the place of the chosen one, and why.
+    """
 
     units: tuple[UnitReport, ...]
     kernel_calls: dict[str, int]
     isa: str | None
+    substitutes: tuple[str, ...] = ()
 
     @property
     def calls_fast(self) -> int:
@@ -84,6 +88,7 @@ class Report:
                     f"{unit.verified.stock_error:.1e}"
                 )
             lines += [f"    {count} x stock: {reason}" for reason, count in sorted(unit.fallbacks.items())]
+        lines += [f"  {sentence}" for sentence in self.substitutes]
         return "\n".join(lines)
 
 

@@ -14,6 +14,7 @@ from clinfast import patch
 from clinfast.canary import compare, describe, evaluating, tensors_of
 from clinfast.guard import POSITIONS
 from clinfast.report import Verification
+from clinfast.rounded import rounded_stock
 
 
 def batches_of(inputs: Any) -> list[dict[str, Any]]:
@@ -104,19 +105,18 @@ class Tally:
 def verify_module(module: nn.Module, inputs: Any, tolerance: float | None) -> Verification:
     """Run every batch on the fast path, in stock, and in a float64 copy of stock, which is freed afterwards.
 
-    Where the user chose a lower precision than the model's own, stock's error is that of a copy in that precision.
+    Where the user chose a lower precision than the model's own, stock's error is that of a copy in that precision; in
+    fp8, of one whose products in the layers round their factors to e4m3 too.
     """
     forward = patch.patched(module)
     assert forward is not None
     batches = batches_of(inputs)
     encoder = forward.encoder
-    computed = torch.finfo(encoder.dtype)
     before = dict(forward.fallbacks)
     tally = Tally(forward.match.per_token)
     with torch.no_grad(), evaluating(module):
         exact_model = copy.deepcopy(module).double()
-        lower = computed.eps > torch.finfo(encoder.model_dtype).eps
-        measure_model = copy.deepcopy(module).to(encoder.dtype) if lower else None
+        measure_model = rounded_stock(module, encoder)
         for batch in batches:
             batch.pop(POSITIONS, None)
             ours = tensors_of(module(**batch))
@@ -126,7 +126,7 @@ def verify_module(module: nn.Module, inputs: Any, tolerance: float | None) -> Ve
             tally.add_batch(ours, stock, measure, exact, batch.get("attention_mask"))
     new = {k: n - before.get(k, 0) for k, n in forward.fallbacks.items() if n > before.get(k, 0)}
     forward.verified = verification = Verification(
-        passed=tally.passed(tolerance, max(torch.finfo(encoder.coarsest).eps, torch.finfo(encoder.model_dtype).eps)),
+        passed=tally.passed(tolerance, max(torch.finfo(encoder.dtype).eps, torch.finfo(encoder.model_dtype).eps)),
         tolerance=tolerance,
         max_difference=tally.worst,
         ours_error=tally.ours_error,

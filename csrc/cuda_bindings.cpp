@@ -87,6 +87,25 @@ void pack_at(uintptr_t mask, uintptr_t input_ids, uintptr_t token_type_ids, int6
   on_device("pack", device, [&] { return pack(args, pointer<void>(stream)); });
 }
 
+void pack_into_at(uintptr_t mask, uintptr_t input_ids, uintptr_t token_type_ids, int64_t mask_row_stride,
+                  int64_t mask_column_stride, int64_t ids_row_stride, int64_t ids_column_stride,
+                  int64_t types_row_stride, int64_t types_column_stride, int mask_itemsize, int ids_itemsize,
+                  int types_itemsize, int64_t batch, int64_t seqlen, int64_t vocab_size, int64_t type_vocab_size,
+                  bool keep_padding, uintptr_t cu_seqlens, uintptr_t indices, uintptr_t seqused_k, uintptr_t notes_room,
+                  uintptr_t facts, uintptr_t out_ids, uintptr_t out_types, uintptr_t out_positions, int64_t rows,
+                  int64_t notes, int64_t position_offset, int64_t padding_idx, bool counts_positions, int device,
+                  uintptr_t stream) {
+  const PackIntoArgs args{
+      {pointer<void>(mask), pointer<void>(input_ids), pointer<void>(token_type_ids), mask_row_stride,
+       mask_column_stride, ids_row_stride, ids_column_stride, types_row_stride, types_column_stride, batch, seqlen,
+       vocab_size, type_vocab_size, mask_itemsize, ids_itemsize, types_itemsize, keep_padding,
+       pointer<int32_t>(cu_seqlens), pointer<int32_t>(indices), pointer<int32_t>(seqused_k),
+       pointer<int32_t>(notes_room), pointer<int64_t>(facts)},
+      pointer<int32_t>(out_ids), pointer<int32_t>(out_types), pointer<int32_t>(out_positions), rows, notes,
+      position_offset, padding_idx, counts_positions};
+  on_device("pack_into", device, [&] { return pack_into(args, pointer<void>(stream)); });
+}
+
 void unpack_at(uintptr_t packed, uintptr_t padded, uintptr_t indices, int64_t packed_stride, int64_t tokens,
                int64_t positions, int64_t hidden, int packed_dtype, int padded_dtype, int device, uintptr_t stream) {
   const UnpackArgs args{pointer<void>(packed), pointer<void>(padded), pointer<int32_t>(indices), packed_stride,
@@ -106,12 +125,13 @@ void attention_at(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t 
                   int64_t k_token_stride, int64_t k_head_stride, int64_t v_token_stride, int64_t v_head_stride,
                   int64_t out_token_stride, int64_t out_head_stride, uintptr_t cu_seqlens_q, uintptr_t cu_seqlens_k,
                   uintptr_t seqused_k, int32_t batch, int32_t num_heads, int32_t head_dim, int32_t q_tokens,
-                  int32_t k_tokens, float scale, int dtype, int kernel, int device, uintptr_t stream) {
+                  int32_t k_tokens, float scale, uintptr_t partial, int32_t segments, int dtype, int kernel, int device,
+                  uintptr_t stream) {
   const AttentionArgs args{pointer<void>(q), pointer<void>(k), pointer<void>(v), pointer<void>(out), q_token_stride,
                            q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
                            out_token_stride, out_head_stride, pointer<int32_t>(cu_seqlens_q),
                            pointer<int32_t>(cu_seqlens_k), pointer<int32_t>(seqused_k), batch, num_heads, head_dim,
-                           q_tokens, k_tokens, scale, 0};
+                           q_tokens, k_tokens, scale, pointer<float>(partial), segments, 0};
   on_device("attention", device,
             [&] { return attention(args, DType(dtype), AttentionKernel(kernel), pointer<void>(stream)); });
 }
@@ -153,14 +173,19 @@ void add_cuda(py::module_ m) {
       "prepare",
       [](int device) { on_device("prepare", device, [] { return prepare(); }); },
       "Load every kernel on a device, so that a graph capture loads none.");
+  m.def("set_programmatic_launch", &set_programmatic_launch,
+        "Whether kernels are set up while the one before them ends, on cards of 9.0 and later.");
   m.def("layer_norm", &layer_norm_at);
   m.def("embedding", &embedding_at);
   m.def("gelu", &gelu_at);
   m.def("pooling", &pooling_at);
   m.def("pack", &pack_at);
+  m.def("pack_into", &pack_into_at);
+  m.def("pack_into_counts_first", &pack_into_counts_first, "Whether that many positions need room for counts.");
   m.def("unpack", &unpack_at);
   m.def("position_ids", &position_ids_at);
   m.def("attention", &attention_at);
+  m.def("attention_segments", &attention_segments, "Parts of a note's keys that the kernel for few queries may make.");
   m.def("linear", &linear_at);
   m.def("has_cutlass", &has_cutlass, "Whether this build has the Hopper product.");
 }

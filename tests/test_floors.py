@@ -28,6 +28,7 @@ FLOORS = {
     "integrations": 5,
     "model_folder": 5,
     "report": 5,
+    "rounded": 5,
     "texts": 5,
     "verify": 5,
 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 ROUNDS, REPEATS = 9, 10
+COPIED, MULTIPLIED = 1 << 28, 8192  # fp32 values of the copy, and the side of the square product, that are the ceilings
 NO_GPU = None if torch.cuda.is_available() else "torch sees no NVIDIA GPU"
 
 
@@ -23,7 +24,8 @@ def needs_triton() -> None:
         pytest.skip(reason)
 
 
-def milliseconds(call: Callable[[], Any], repeats: int = REPEATS) -> float:
+def milliseconds(call: Callable[[], Any], repeats: int | None = None) -> float:
+    repeats = repeats or REPEATS
     start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
     start.record()
     for _ in range(repeats):
@@ -65,7 +67,7 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
 @functools.cache
 def copy_bytes_per_second() -> float:
     """Read and written bytes of a device copy of 1 GiB."""
-    source = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
+    source = torch.empty(COPIED, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
     best = min(milliseconds(lambda: target.copy_(source)) for _ in range(5))
     return 2 * source.nbytes / best * 1e3
@@ -73,9 +75,9 @@ def copy_bytes_per_second() -> float:
 
 @functools.cache
 def matmul_flops_per_second(dtype: torch.dtype = torch.bfloat16) -> float:
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in "ab")
+    a, b = (torch.randn(MULTIPLIED, MULTIPLIED, device="cuda", dtype=dtype) for _ in "ab")
     best = min(milliseconds(lambda: a @ b, 5) for _ in range(5))
-    return 2 * 8192**3 / best * 1e3
+    return 2 * MULTIPLIED**3 / best * 1e3
 
 
 def boundaries(lengths: list[int]) -> Tensor:
@@ -91,12 +93,27 @@ def assert_within_budget(ours: Tensor, stock: Tensor, exact: Tensor, factor: flo
     assert error.abs().max() <= 2 * factor * stock_error.abs().max() + 4 * floor
 
 
-def record(benchmark: Any, times: dict[str, float], ours: str, **facts: Any) -> None:
-    """Into pytest-benchmark's JSON: all times, the ratio of the best peer to ours, the ceilings of this run."""
-    peers = {name: value for name, value in times.items() if name != ours}
+def record(
+    benchmark: Any,
+    times: dict[str, float],
+    ours: str,
+    *,
+    least: dict[str, float] | None = None,
+    most: dict[str, float] | None = None,
+    **facts: Any,
+) -> None:
+    """Into pytest-benchmark's JSON: all times, the ratio of the best peer to ours, the ceilings of this run, and which
+    goals were met. `least` and `most` are goals, by the name of a fact or `"ratio"`. Others of ours are no peers."""
+    peers = {name: value for name, value in times.items() if not name.startswith(ours)}
     best = min(peers, key=peers.__getitem__)
+    found = {**facts, "ratio": peers[best] / times[ours]}
+    goals = [
+        {"name": name, bound: goal, "found": found[name], "met": (found[name] >= goal) is (bound == "least")}
+        for bound, wanted in (("least", least), ("most", most))
+        for name, goal in (wanted or {}).items()
+    ]
     benchmark.extra_info.update(
-        facts, card=torch.cuda.get_device_name(), milliseconds=times, best_peer=best, ratio=peers[best] / times[ours],
+        found, card=torch.cuda.get_device_name(), milliseconds=times, best_peer=best, goals=goals,
         copy_bytes_per_second=copy_bytes_per_second(), matmul_flops_per_second=matmul_flops_per_second(),
     )  # fmt: skip
-    print(f"\n{benchmark.name}: {peers[best] / times[ours]:.2f} x {best}; {facts}; {times}")
+    print(f"\n{benchmark.name}: {found['ratio']:.2f} x {best}; {facts}; {times}; goals: {goals}")

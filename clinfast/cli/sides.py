@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import clinfast
+from clinfast import patch
 from clinfast.canary import tensors_of
 from clinfast.engine import precision
 from clinfast.engine.spec import Unsupported
 from clinfast.model_folder import DTYPES, BadInput
+from clinfast.rounded import rounded_stock
 
 PADDINGS = ("remove", "keep")
 Outputs = dict[str, Tensor]
@@ -69,12 +71,12 @@ class Sides:
         except (ValueError, Unsupported) as error:
             raise BadInput(f"--precision: {error}") from error
         optimized = {padding: self._optimize(name, padding) for padding in PADDINGS}
-        lower = torch.finfo(dtype).eps > torch.finfo(own).eps
+        ((_, _, forward), *_) = patch.find_patched(optimized["remove"])
         units = clinfast.report(optimized["remove"]).units
         return Precision(
-            name=DTYPES.get(str(dtype).removeprefix("torch."), name),
+            name=name if name == "fp8" else DTYPES.get(str(dtype).removeprefix("torch."), name),
             optimized=optimized,
-            measure=copy.deepcopy(self.stock).to(dtype) if lower else None,
+            measure=rounded_stock(optimized["remove"], forward.encoder),
             eps=max(torch.finfo(dtype).eps, torch.finfo(own).eps),
             same_bits=all(unit.path == "" and unit.facts["reproducible"] for unit in units),
         )

@@ -1,4 +1,5 @@
-"""`clinfast tune`: time the kernels' tiles on this machine's own card and write the table that serves it best."""
+"""`clinfast tune`: time the kernels' tiles, and the backends against each other, on this machine's own card, and write
+the table that serves it best."""
 
 from __future__ import annotations
 
@@ -12,12 +13,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clinfast.model_folder import BadInput
-from clinfast.ops import registry
+from clinfast.ops import choices, registry
 from clinfast.triton_kernels import configs
 
 Timer = Callable[[Callable[[], Any]], float]
 ROWS = (64, 1024, None)
+# What is reasoned stays where something else measures faster by less.
+NOISE = 0.03
 ATTENTION = [
     {"block_m": m, "block_n": n, "num_warps": w, "num_stages": s}
     for m, n, w, s in itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
@@ -90,18 +95,79 @@ def tune(
     return table
 
 
+def choose(
+    of_ops: Iterable[tuple[str, torch.dtype, int | None]],
+    names: list[str],
+    calls: Callable[[str, torch.dtype, int | None, str], Callable[[], Any] | None],
+    agrees: Callable[[Any, Any, torch.dtype], bool],
+    microseconds: Callable[[Callable[[], Any], str], float],
+    capability: tuple[int, int],
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The fastest backend of each op, dtype and size, and sentences on those that had to be left out.
+
+    The one that the table of reasons has in front stays there unless another is faster by more than `NOISE`.
+
+    Args:
+        names: backends, of which "torch" is the measure of what is right.
+        calls: what a backend runs, or None where it does not offer the op.
+        microseconds: of a call.
+    """
+    rows, left_out = [], []
+    for op, dtype, max_rows in of_ops:
+        times: dict[str, float] = {}
+        right = calls(op, dtype, max_rows, "torch")
+        for name in names:
+            call = right if name == "torch" else calls(op, dtype, max_rows, name)
+            if call is None:
+                continue
+            size = "of any size" if max_rows is None else f"up to {max_rows} tokens"
+            of_size = f"{name} for {op} in {dtype} {size}"
+            try:
+                if right is not None and call is not right and not agrees(call(), right(), dtype):
+                    left_out.append(f"{of_size}: its result is not PyTorch's")
+                    continue
+                times[name] = microseconds(call, op)
+            except Exception as error:
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                left_out.append(f"{of_size}: {first}")
+        if len(times) < 2:
+            continue
+        reasoned = choices.ranked(op, list(times), dtype, capability, max_rows)[0]
+        best = min(times, key=times.__getitem__)
+        if times[best] > times[reasoned] * (1 - NOISE):
+            best = reasoned
+        rows.append(choices.measured_row(op, dtype, max_rows, times, best))
+    return rows, left_out
+
+
 def run(options: argparse.Namespace) -> int:
-    reason = registry.unavailable("triton")
-    if reason is not None:
-        raise BadInput(f"there is nothing to tune: {reason}")
+    reasons = {name: registry.unavailable(name) for name in ("triton", "cuda")}
+    if None not in reasons.values():
+        raise BadInput("there is nothing to tune: " + "; ".join(dict.fromkeys(map(str, reasons.values()))))
+    from clinfast.backends import racing
     from clinfast.backends.triton import device, timing
 
     shapes = [_shape(text) for text in options.linear]
     index = device.current()
     of_class, card = device.device_class(index), timing.card(index)
-    table = tune(
-        of_class, card, shapes, options.head_dims, timing.attend, timing.multiply, timing.library, timing.seconds
-    )
+    if reasons["triton"] is None and not options.skip_tiles:
+        table = tune(
+            of_class, card, shapes, options.head_dims, timing.attend, timing.multiply, timing.library, timing.seconds
+        )
+    else:
+        table = configs.read(configs.TABLES / f"sm_{of_class}.json") | {"card": card}
+        print(f"tiles are left as they were: {reasons['triton'] or '--skip-tiles'}", file=sys.stderr)
+    names = [name for name in registry.order("auto", "cuda") if reasons.get(name) is None]
+    with torch.no_grad():
+        table["backends"], left_out = choose(
+            racing.of_ops(), names, racing.call, racing.agrees, racing.microseconds, choices.capability()
+        )
+        programmatic = racing.programmatic_launch()
+    if programmatic is not None:
+        chosen = programmatic["on"] < programmatic["off"] * (1 - NOISE)
+        table["programmatic_launch"] = {"microseconds": programmatic, "chosen": chosen}
+    for sentence in left_out:
+        print(f"left out: {sentence}", file=sys.stderr)
     path: Path = options.output
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + f".{os.getpid()}")

@@ -140,6 +140,7 @@ class Encoder:
                 executor.layer_norm = registry.implementation("layer_norm.fp8", self.backend, device)
             if kind == "fixed":
                 executor.attention = registry.implementation("attention.fixed", self.backend, device)
+                executor.first_token_attention = executor.attention
                 if self.spec.relative_buckets:
                     name = "attention_biased.fixed"
                     executor.attention_biased = registry.implementation(name, self.backend, device)

@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import functools
 import importlib
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -31,21 +32,33 @@ KERNEL_DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """`home` is its Python module; `devices` are the types of device whose tensors it takes."""
+    """`home` is its Python module; `devices` are the types of device whose tensors it takes; a `partial` one may find
+    that it has no kernel for a call, and raises `NotOffered`."""
 
     home: str
     devices: tuple[str, ...]
+    partial: bool = False
 
 
 BACKENDS = {
     "cpu": Backend("clinfast.backends.cpu", ("cpu",)),
-    "triton": Backend("clinfast.backends.triton", ("cuda",)),
+    "triton": Backend("clinfast.backends.triton", ("cuda",), partial=True),
     "cuda": Backend("clinfast.backends.cuda", ("cuda",)),
     "torch": Backend("clinfast.backends.torch", ("cpu", "cuda")),
 }
 
+# Forms of an op for calls of one kind, with its arguments; a backend that has none for them serves them by the op.
+FORMS = {"attention.first_token": "attention"}
+
 library = torch.library.Library(NAMESPACE, "DEF")
 calls: collections.Counter[str] = collections.Counter()
+# Which backend serves an op in the place of the one that was chosen, and why, in sentences; said once each.
+substitutes: list[str] = []
+log = logging.getLogger("clinfast")
+
+
+class NotOffered(Exception):
+    """A backend has nothing to run a call with; the message says why. The next backend that offers the op serves it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +152,18 @@ def implementation(name: str, backend: str, device: str = "cpu", *, prechecked: 
     chosen = _override(name.partition(".")[0]) or backend
     candidates = order(chosen, device)
     if chosen != "auto" or device != "cuda":
-        return _first_offer(name, tuple(candidates), prechecked)
+        return _first_offer(name, tuple(candidates), device, prechecked)
     card = choices.capability()
-    return choices.by_dtype(
+    return choices.by_call(
         {
-            dtype: _first_offer(name, tuple(choices.ranked(name, candidates, dtype, card)), prechecked)
+            (dtype, of_request): _first_offer(
+                name,
+                tuple(choices.ranked(name, candidates, dtype, card, choices.REQUEST_ROWS if of_request else None)),
+                device,
+                prechecked,
+            )
             for dtype in KERNEL_DTYPES["cuda"]
+            for of_request in (True, False)
         }
     )
 
@@ -154,20 +173,58 @@ def _override(op: str) -> str | None:
     return next(filter(None, (os.environ.get(f"CLINFAST_BACKEND_{name.upper()}") for name in names)), None)
 
 
-def _first_offer(name: str, candidates: tuple[str, ...], prechecked: bool) -> Callable[..., Any]:
-    for candidate in candidates:
+def _first_offer(name: str, candidates: tuple[str, ...], device: str, prechecked: bool) -> Callable[..., Any]:
+    for at, candidate in enumerate(candidates):
         found = _offer(name, candidate, prechecked)
-        if found is not None:
+        if found is None:
+            continue
+        if not BACKENDS[candidate].partial:
             return found
+        everywhere = order("auto", device)
+        later = [*candidates[at + 1 :], *everywhere[everywhere.index(candidate) + 1 :]]
+        return _with_next(name, candidate, tuple(dict.fromkeys(later)), device, prechecked)
     raise RuntimeError(
         f"no backend of {', '.join(candidates)} serves the op {name!r}; backend='torch' serves every op everywhere"
     )
 
 
 @functools.cache
+def _with_next(
+    name: str, backend: str, later: tuple[str, ...], device: str, prechecked: bool
+) -> Callable[..., Any]:
+    """What `backend` offers; a call that it turns out to have no kernel for goes to the next of `later`."""
+    function = _offer(name, backend, prechecked)
+    assert function is not None
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except NotOffered as missing:
+            reason = missing
+        served = next((other for other in later if _offer(name, other, prechecked) is not None), None)
+        if served is None:
+            raise NotImplementedError(f"{name}: {reason}, and no other backend offers it") from reason
+        substitute(name.partition(".")[0], served, str(reason))
+        return _first_offer(name, later, device, prechecked)(*args, **kwargs)
+
+    return call
+
+
+def substitute(name: str, served: str, reason: str) -> None:
+    """Remember and say once that `served` computes `name` where the chosen backend cannot."""
+    sentence = f"{served} serves {name} where {reason}"
+    if sentence not in substitutes:
+        substitutes.append(sentence)
+        log.warning("clinfast: %s", sentence)
+
+
+@functools.cache
 def _offer(name: str, backend: str, prechecked: bool) -> Callable[..., Any] | None:
     offered = importlib.import_module(BACKENDS[backend].home).implementations()
     found = (offered.get(f"{name}.prechecked") if prechecked else None) or offered.get(name)
+    if found is None and name in FORMS:
+        return _offer(FORMS[name], backend, prechecked)
     return None if found is None else counted(f"{name}[{backend}]", found)
 
 
@@ -181,7 +238,8 @@ def optional(name: str, backend: str, device: str = "cpu") -> Callable[..., Any]
 def counted(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
         calls[label] += 1
-        return function(*args, **kwargs)
+        return result
 
     return call

@@ -71,7 +71,7 @@ def compile_variant(variant: Variant, of_class: int) -> Compiled:
     for at, (name, value) in enumerate(values.items(), len(spec.arguments)):
         signature[name], constants[(at,)] = "constexpr", value
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **versions.JIT_OPTIONS}
+    options = versions.options(variant.num_warps, variant.num_stages, variant.registers)
     made = triton.compile(source, target=GPUTarget("cuda", of_class, 32), options=options)
     _check_parameters(made.asm["ptx"], kinds)
     meta = made.metadata

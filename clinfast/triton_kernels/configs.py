@@ -19,10 +19,14 @@ log = logging.getLogger("clinfast")
 
 
 class Attention(NamedTuple):
+    """`registers`, here and below: the most that a thread may take; 0 leaves it to the assembler, which may spill a few
+    bytes to fit one more program on a multiprocessor."""
+
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    registers: int = 0
 
 
 class Linear(NamedTuple):
@@ -33,6 +37,7 @@ class Linear(NamedTuple):
     num_warps: int
     num_stages: int
     tma: bool
+    registers: int = 0
 
 
 class Rows(NamedTuple):
@@ -87,9 +92,11 @@ def _of_shape(of_class: int, op: str, shape: str) -> Any:
 
 @functools.cache
 def attention(of_class: int, itemsize: int, head_dim: int, kind: str) -> Attention:
-    """`kind`: `"long"`, `"short"` (a note is one tile of keys) or `"few"` (a query or two a note)."""
+    """`kind`: `"long"`, `"short"` (a note is one tile of keys), `"few"` (a query or two a note), or `"biased"` (a bias
+    or a window), which the table may leave to `"long"`."""
     width = next(block for block in (16, 32, 64, 128, 256) if head_dim <= block)
-    return Attention(**_of_shape(of_class, "attention", f"{8 * itemsize} bit, head_dim {width}")[kind])
+    entry = _of_shape(of_class, "attention", f"{8 * itemsize} bit, head_dim {width}")
+    return Attention(**(entry["long"] if kind == "biased" and kind not in entry else entry[kind]))
 
 
 def biased(tiles: Attention, itemsize: int, head_dim: int) -> Attention:
@@ -97,8 +104,9 @@ def biased(tiles: Attention, itemsize: int, head_dim: int) -> Attention:
     if head_dim <= 64:
         return tiles
     if itemsize == 4:
-        return tiles._replace(num_warps=8)
-    return tiles._replace(block_n=min(tiles.block_n, 32), num_warps=8 if tiles.block_m >= 128 else tiles.num_warps)
+        return tiles._replace(num_warps=8, registers=0)
+    warps = 8 if tiles.block_m >= 128 else tiles.num_warps
+    return tiles._replace(block_n=min(tiles.block_n, 32), num_warps=warps, registers=0)
 
 
 @functools.cache

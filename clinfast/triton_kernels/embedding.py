@@ -1,4 +1,4 @@
-"""`embedding`: word + position + token type rows, then LayerNorm, straight from the packed tokens' ids."""
+"""`embedding`: word + position + token type rows, then LayerNorm or not, straight from the packed tokens' ids."""
 
 import triton
 import triton.language as tl
@@ -15,7 +15,7 @@ def embedding_kernel(
     word_ptr,  # [vocab_size, hidden], row stride word_row
     position_ptr,  # [max_positions, hidden], row stride position_row
     type_ptr,  # [type_vocab_size, hidden], row stride type_row; not read if type_vocab_size is 0
-    weight_ptr,  # [hidden] fp32
+    weight_ptr,  # [hidden] fp32; or None, as shift_ptr, where no LayerNorm follows
     shift_ptr,  # [hidden] fp32
     out_ptr,  # [tokens, hidden], contiguous
     bad_ptr,  # [1] int32: least packed token that reads outside a table; or None
@@ -60,11 +60,12 @@ def embedding_kernel(
     x = tl.load(word_ptr + word[:, None] * word_row + h, mask=mask, other=0.0).to(tl.float32)
     x += tl.load(type_ptr + type[:, None] * type_row + h, mask=mask & (type_vocab_size != 0), other=0.0).to(tl.float32)
     x += tl.load(position_ptr + position[:, None] * position_row + h, mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + h, mask=inside, other=0.0)
-    shift = tl.load(shift_ptr + h, mask=inside, other=0.0)
-    y = normalise(x, inside, hidden, eps) * weight + shift
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + h, mask=inside, other=0.0)
+        shift = tl.load(shift_ptr + h, mask=inside, other=0.0)
+        x = normalise(x, inside, hidden, eps) * weight + shift
     # Nothing was read for a bad token, and what comes out must not look like a result.
-    y = tl.where(good[:, None], y, float("nan"))
+    y = tl.where(good[:, None], x, float("nan"))
     at = token.to(tl.int64)[:, None] * hidden + h
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=real[:, None] & inside)
     if bad_ptr is not None:

@@ -1,7 +1,7 @@
 """`pack`, `unpack`, `position_ids`.
 
-`pack` is one launch while the whole batch fits the registers of one program (`variants.PACK_TILES`); beyond, a second
-launch spares the first one a scan across programs, which would need flags in memory that someone has to reset.
+`pack` here is for a batch that fits the registers of one program (`variants.PACK_TILES`); `packing_scan` is for larger
+ones.
 """
 
 import triton
@@ -16,7 +16,7 @@ def outside(ids, size):
 
 
 @triton.jit
-def _store_facts(facts_ptr, tokens, longest, empty, bad_id, bad_type, masked):
+def store_facts(facts_ptr, tokens, longest, empty, bad_id, bad_type, masked):
     """In the order of `ops.packing.FACTS`; NONE becomes -1."""
     tl.store(facts_ptr, tokens.to(tl.int64))
     tl.store(facts_ptr + 1, longest.to(tl.int64))
@@ -58,7 +58,7 @@ def store_facts_of(
     bad_type = tl.min(tl.min(tl.where(inside & bad_types, index, NONE), 1), 0)
     masked = tl.min(tl.min(tl.where(inside & (column == 0) & (real == 0), row, NONE), 1), 0)
     empty = tl.sum(((used == 0) & (note < batch)).to(tl.int32), 0)
-    _store_facts(facts_ptr, tl.sum(lengths, 0), tl.max(lengths, 0), empty, bad_id, bad_type, masked)
+    store_facts(facts_ptr, tl.sum(lengths, 0), tl.max(lengths, 0), empty, bad_id, bad_type, masked)
 
 
 @triton.jit
@@ -99,109 +99,6 @@ def pack_kernel(
     store_facts_of(
         facts_ptr, batch, note, row, column, inside, real, used, lengths, index, outside(ids, vocab_size), bad_types
     )
-
-
-@triton.jit
-def pack_count_kernel(
-    ids_ptr,
-    mask_ptr,
-    types_ptr,
-    seqused_ptr,
-    bad_ptr,  # [3, batch] int32: first bad id, first bad type, the note itself if its column 0 is masked; or NONE
-    batch,
-    seqlen,
-    vocab_size,
-    type_vocab_size,
-    has_mask,
-    has_types,
-    ids_row,
-    ids_column,
-    mask_row,
-    mask_column,
-    types_row,
-    types_column,
-    BLOCK: tl.constexpr,
-):
-    """Counts one note's real tokens and looks for values out of range."""
-    note = tl.program_id(0)
-    ids_ptr += note.to(tl.int64) * ids_row
-    mask_ptr += note.to(tl.int64) * mask_row
-    types_ptr += note.to(tl.int64) * types_row
-    used, bad_id, bad_type, masked = 0, NONE, NONE, NONE
-    for start in range(0, seqlen, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside, at = column < seqlen, column.to(tl.int64)
-        flags = tl.load(mask_ptr + at * mask_column, mask=inside & (has_mask != 0), other=0)
-        ids = tl.load(ids_ptr + at * ids_column, mask=inside, other=0)
-        types = tl.load(types_ptr + at * types_column, mask=inside & (has_types != 0), other=0)
-        real = inside & ((has_mask == 0) | (flags != 0))
-        index = note * seqlen + column
-        used += tl.sum(real.to(tl.int32), 0)
-        bad_id = tl.minimum(bad_id, tl.min(tl.where(inside & outside(ids, vocab_size), index, NONE), 0))
-        wrong_type = inside & (has_types != 0) & outside(types, type_vocab_size)
-        bad_type = tl.minimum(bad_type, tl.min(tl.where(wrong_type, index, NONE), 0))
-        masked = tl.minimum(masked, tl.min(tl.where(inside & (column == 0) & ~real, note, NONE), 0))
-    tl.store(seqused_ptr + note, used)
-    tl.store(bad_ptr + note, bad_id)
-    tl.store(bad_ptr + batch + note, bad_type)
-    tl.store(bad_ptr + 2 * batch + note, masked)
-
-
-@triton.jit
-def pack_place_kernel(
-    mask_ptr,
-    seqused_ptr,
-    bad_ptr,
-    cu_seqlens_ptr,
-    indices_ptr,
-    facts_ptr,
-    batch,
-    seqlen,
-    has_mask,
-    keep_padding,
-    mask_row,
-    mask_column,
-    BLOCK: tl.constexpr,
-):
-    """Writes one note's indices behind those of the notes before it; the first program also writes the facts."""
-    note = tl.program_id(0)
-    mask_ptr += note.to(tl.int64) * mask_row
-    lanes = tl.arange(0, BLOCK)
-    begin = 0
-    for start in range(0, note, BLOCK):
-        before = start + lanes < note
-        begin += tl.sum(tl.load(seqused_ptr + start + lanes, mask=before, other=0), 0)
-    used = tl.load(seqused_ptr + note)
-    begin = tl.where(keep_padding != 0, note * seqlen, begin)
-    length = tl.where(keep_padding != 0, seqlen, used)
-    if note == 0:
-        tl.store(cu_seqlens_ptr, 0)
-    tl.store(cu_seqlens_ptr + 1 + note, begin + length)
-    seen = 0
-    for start in range(0, seqlen, BLOCK):
-        column = start + lanes
-        inside = column < seqlen
-        flags = tl.load(mask_ptr + column.to(tl.int64) * mask_column, mask=inside & (has_mask != 0), other=0)
-        real = (inside & ((has_mask == 0) | (flags != 0))).to(tl.int32)
-        rank = seen + tl.cumsum(real, 0)
-        at = begin + tl.where(real != 0, rank, used + column + 1 - rank) - 1
-        tl.store(indices_ptr + at, note * seqlen + column, mask=inside & ((real != 0) | (keep_padding != 0)))
-        seen += tl.sum(real, 0)
-    if note == 0:
-        tokens, longest, empty = 0, 0, 0
-        bad_id, bad_type, masked = NONE, NONE, NONE
-        for start in range(0, batch, BLOCK):
-            other = start + lanes
-            exists = other < batch
-            count = tl.load(seqused_ptr + other, mask=exists, other=0)
-            empty += tl.sum((exists & (count == 0)).to(tl.int32), 0)
-            count = tl.where(exists & (keep_padding != 0), seqlen, count)
-            tokens += tl.sum(count, 0)
-            longest = tl.maximum(longest, tl.max(count, 0))
-            bad_id = tl.minimum(bad_id, tl.min(tl.load(bad_ptr + other, mask=exists, other=NONE), 0))
-            bad_type = tl.minimum(bad_type, tl.min(tl.load(bad_ptr + batch + other, mask=exists, other=NONE), 0))
-            masked = tl.minimum(masked, tl.min(tl.load(bad_ptr + 2 * batch + other, mask=exists, other=NONE), 0))
-        _store_facts(facts_ptr, tokens, longest, empty, bad_id, bad_type, masked)
 
 
 @triton.jit

@@ -12,10 +12,20 @@ from typing import Any, NamedTuple
 from clinfast.triton_kernels import configs
 
 HIDDEN_WIDTHS = (128, 256, 512, 1024)
+INNER_WIDTHS = (512, 1024, 2048, 4096)
+# The least class that multiplies e4m3 with a scale a row.
+FP8_CLASS = 90
+NO_NORM = ("residual_ptr", "weight_ptr", "shift_ptr")
 FLOATS = ("bf16", "fp16", "fp32")
 # [batch, seqlen] tiles of `pack_kernel`, the smallest that holds the batch is taken.
 PACK_TILES = ((1, 128), (1, 512), (8, 128), (8, 512), (32, 128))
-PACK_BLOCK = 512
+# [notes, columns at a time] of a program of `pack_scan_kernel`, for larger batches: the first that is as wide as a row.
+SCAN_TILES = ((16, 32), (4, 128), (1, 512), (1, 1024))
+SCAN_HEAD = 8  # int64s of its state before the word of each program
+SCAN_ABSENT = ("out_ids_ptr", "out_types_ptr", "positions_ptr")  # for `pack`
+POSITION_BLOCK = 512
+# With all that they want, they spill nothing; how many programs share a multiprocessor does not matter to them.
+PACK_REGISTERS = 128
 # More than the notes that a bucket of graphs with such a tile has room for.
 PACK_INTO_NOTES = 64
 ACTIVATIONS = ("gelu", "gelu_tanh")
@@ -56,6 +66,12 @@ KERNELS = {
     "gelu_kernel": Kernel.of(
         "gelu", "x_ptr:P bias_ptr:P out_ptr:P rows:i hidden:D x_row:D out_row:D", "ACTIVATION ROWS BLOCK"
     ),
+    "quantise_kernel": Kernel.of(
+        "quantise",
+        "x_ptr:P residual_ptr:P weight_ptr:P shift_ptr:P y_ptr:P values_ptr:P scale_ptr:p hidden:D x_row:D "
+        "residual_row:D eps:f",
+        "NORM ACTIVATION BLOCK",
+    ),
     "pooling_kernel": Kernel.of(
         "pooling", "x_ptr:P cu_seqlens_ptr:p out_ptr:P tokens:i hidden:D x_row:D", "KIND ROWS BLOCK"
     ),
@@ -74,17 +90,13 @@ KERNELS = {
         "mask_column:i types_row:i types_column:i",
         "BLOCK_B BLOCK_S BLOCK_N",
     ),
-    "pack_count_kernel": Kernel.of(
-        "packing",
-        "ids_ptr:p mask_ptr:p types_ptr:p seqused_ptr:p bad_ptr:p batch:i seqlen:i vocab_size:i type_vocab_size:i "
-        "has_mask:i has_types:i ids_row:i ids_column:i mask_row:i mask_column:i types_row:i types_column:i",
-        "BLOCK",
-    ),
-    "pack_place_kernel": Kernel.of(
-        "packing",
-        "mask_ptr:p seqused_ptr:p bad_ptr:p cu_seqlens_ptr:p indices_ptr:p facts_ptr:p batch:i seqlen:i has_mask:i "
-        "keep_padding:i mask_row:i mask_column:i",
-        "BLOCK",
+    "pack_scan_kernel": Kernel.of(
+        "packing_scan",
+        "ids_ptr:p mask_ptr:p types_ptr:p out_ids_ptr:p out_types_ptr:p positions_ptr:p indices_ptr:p cu_seqlens_ptr:p "
+        "seqused_ptr:p facts_ptr:p state_ptr:p batch:i seqlen:i rows:i notes:i vocab_size:i type_vocab_size:i "
+        "position_offset:i padding_idx:i has_mask:i has_types:i keep_padding:i counts_positions:i ids_row:i "
+        "ids_column:i mask_row:i mask_column:i types_row:i types_column:i",
+        "BLOCK_B BLOCK_S",
     ),
     "position_ids_kernel": Kernel.of(
         "packing", "ids_ptr:p out_ptr:p seqlen:i padding_idx:i ids_row:i ids_column:i", "BLOCK"
@@ -133,11 +145,13 @@ class Variant(NamedTuple):
     constants: tuple[Any, ...]
     num_warps: int
     num_stages: int
+    registers: int = 0  # the most a thread may take; 0 for no bound
 
     @property
     def key(self) -> str:
         values = ",".join(map(str, self.constants))
-        return f"{self.kernel}({','.join(self.types)})[{values}] {self.num_warps}x{self.num_stages}"
+        bound = f"x{self.registers}" if self.registers else ""
+        return f"{self.kernel}({','.join(self.types)})[{values}] {self.num_warps}x{self.num_stages}{bound}"
 
 
 def make(
@@ -148,6 +162,7 @@ def make(
     num_stages: int = 2,
     floats: str = "bf16",
     absent: tuple[str, ...] = (),
+    registers: int = 0,
 ) -> Variant:
     """A variant by the element types of its pointers; those that are not named are of type `floats`."""
     types = []
@@ -158,11 +173,11 @@ def make(
             types.append("i32")
         else:
             types.append("fp32" if kind == "f" else pointers.get(name, floats))
-    return Variant(kernel, tuple(types), tuple(constants), num_warps, num_stages)
+    return Variant(kernel, tuple(types), tuple(constants), num_warps, num_stages, registers)
 
 
 NORM = {"weight_ptr": "fp32", "shift_ptr": "fp32", "bias_ptr": "fp32"}
-IDS = {name: "i64" for name in ("ids_ptr", "types_ptr", "facts_ptr")}
+IDS = {name: "i64" for name in ("ids_ptr", "types_ptr", "facts_ptr", "state_ptr")}
 INTEGERS = dict.fromkeys(
     ("indices_ptr", "positions_ptr", "cu_seqlens_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_ptr", "bad_ptr",
      "tiles_ptr", "out_ptr", "out_ids_ptr", "out_types_ptr"), "i32",
@@ -172,7 +187,7 @@ BIASED = {"tiles_ptr": "i32", "bias_ptr": "fp32", "q_places_ptr": "i32", "k_plac
 
 def shipped(of_class: int) -> list[Variant]:
     """What the package holds for a device class: the tuning table's tiles, for encoders as they are usually built."""
-    found = [*_rowwise(of_class), *_packing(), *_attention(of_class), *_linear(of_class)]
+    found = [*_rowwise(of_class), *_quantise(of_class), *_packing(), *_attention(of_class), *_linear(of_class)]
     return list(dict.fromkeys(found))
 
 
@@ -184,26 +199,51 @@ def _rowwise(of_class: int) -> Iterator[Variant]:
             yield make("layer_norm_kernel", NORM, tile, warps, floats=floats, absent=("residual_ptr", "bias_ptr"))
             yield make("layer_norm_kernel", NORM, tile, warps, floats=floats, absent=("bias_ptr",))
             pointers = NORM | IDS | {"indices_ptr": "i32", "positions_ptr": "i32"}
-            yield make("embedding_kernel", pointers, tile, warps, floats=floats, absent=("bad_ptr",))
+            for absent in (("bad_ptr",), ("bad_ptr", "weight_ptr", "shift_ptr")):
+                yield make("embedding_kernel", pointers, tile, warps, floats=floats, absent=absent)
         for kind in ("first_token", "mean", "max"):
             yield make("pooling_kernel", {"cu_seqlens_ptr": "i32"}, (kind, 16, 128), floats=floats)
         for kernel in ("unpack_kernel", "scatter_rows_kernel"):
             for out in dict.fromkeys((floats, "fp32")):
                 yield make(kernel, {"indices_ptr": "i32", "out_ptr": out}, (8, 256), floats=floats)
         for activation in ACTIVATIONS:
-            for absent in ((), ("bias_ptr",)):
-                yield make("gelu_kernel", NORM, (activation, 4, 512), floats=floats, absent=absent)
+            for bias in ((), ("bias_ptr",)):
+                yield make("gelu_kernel", NORM, (activation, 4, 512), floats=floats, absent=bias)
+
+
+def _quantise(of_class: int) -> Iterator[Variant]:
+    """Of fp8, which multiplies from 9.0 on, with the rest in bf16: norms' rows, contexts, and GELU's inner rows."""
+    if of_class < FP8_CLASS:
+        return
+    for width in HIDDEN_WIDTHS:
+        for absent in ((), ("residual_ptr",)):
+            yield quantise_variant(width, "none", absent)
+        yield quantise_variant(width, "none", NO_NORM)
+    for width in INNER_WIDTHS:
+        for activation in ACTIVATIONS:
+            yield quantise_variant(width, activation, NO_NORM)
+
+
+def quantise_variant(width: int, activation: str, absent: tuple[str, ...]) -> Variant:
+    pointers = NORM | {"values_ptr": "fp8e4nv", "scale_ptr": "fp32"}
+    constants = (absent != NO_NORM, activation, width)
+    return make("quantise_kernel", pointers, constants, quantise_warps(width), absent=absent)
+
+
+def quantise_warps(width: int) -> int:
+    return 8 if width >= 2048 else 4
 
 
 def _packing() -> Iterator[Variant]:
     for mask in ("i64", "i1"):
         pointers = INTEGERS | IDS | {"mask_ptr": mask}
         for tile in PACK_TILES:
-            yield make("pack_kernel", pointers, tile, pack_warps(*tile))
-            yield make("pack_into_kernel", pointers, (*tile, PACK_INTO_NOTES), pack_warps(*tile))
-        yield make("pack_count_kernel", pointers, (PACK_BLOCK,))
-        yield make("pack_place_kernel", pointers, (PACK_BLOCK,))
-    yield make("position_ids_kernel", INTEGERS | IDS, (PACK_BLOCK,))
+            for kernel, constants in (("pack_kernel", tile), ("pack_into_kernel", (*tile, PACK_INTO_NOTES))):
+                yield make(kernel, pointers, constants, pack_warps(*tile), registers=PACK_REGISTERS)
+        for tile in SCAN_TILES:
+            for missing in (SCAN_ABSENT, ()):
+                yield make("pack_scan_kernel", pointers, tile, absent=missing, registers=PACK_REGISTERS)
+    yield make("position_ids_kernel", INTEGERS | IDS, (POSITION_BLOCK,))
     yield make("tiles_kernel", INTEGERS, (32, 128))
 
 
@@ -215,11 +255,14 @@ def _attention(of_class: int) -> Iterator[Variant]:
     for floats in ("bf16", "fp16"):
         for head_dim in (32, 64, 128):
             for kind, heads in (("long", 1), ("short", 1), ("short", 4), ("few", 1), ("few", 4)):
-                m, n, warps, stages = configs.attention(of_class, 2, head_dim, kind)
+                m, n, warps, stages, registers = configs.attention(of_class, 2, head_dim, kind)
                 constants = (head_dim, head_dim, m, n, heads, -1, "ieee")
-                yield make("attention_kernel", BIASED, constants, warps, stages, floats, absent=NO_BIAS)
+                yield make("attention_kernel", BIASED, constants, warps, stages, floats, NO_BIAS, registers)
                 if head_dim == 64 and heads == 1 and kind != "short":
-                    yield make("attention_kernel", BIASED, constants, warps, stages, floats)
+                    kind = "few" if kind == "few" else "biased"
+                    m, n, warps, stages, registers = configs.biased(configs.attention(of_class, 2, 64, kind), 2, 64)
+                    constants = (head_dim, head_dim, m, n, heads, -1, "ieee")
+                    yield make("attention_kernel", BIASED, constants, warps, stages, floats, (), registers)
 
 
 def _linear(of_class: int) -> Iterator[Variant]:
@@ -234,12 +277,12 @@ def _linear(of_class: int) -> Iterator[Variant]:
 
 
 def linear_variant(tiles: configs.Linear, activation: str, floats: str, even_k: bool = True) -> Variant:
-    m, n, k, group, warps, stages, tma = tiles
+    m, n, k, group, warps, stages, tma, registers = tiles
     if tma:
         kernel, constants = "linear_tma_kernel", (activation, m, n, k, group, "ieee")
     else:
         kernel, constants = "linear_kernel", (activation, m, n, k, group, even_k, "ieee")  # type: ignore[assignment]
-    return make(kernel, NORM, constants, warps, stages, floats, absent=("residual_ptr",))
+    return make(kernel, NORM, constants, warps, stages, floats, ("residual_ptr",), registers)
 
 
 def tabled(of_class: int) -> list[Variant]:
@@ -247,15 +290,16 @@ def tabled(of_class: int) -> list[Variant]:
     found = []
     for floats, itemsize in (("bf16", 2), ("fp32", 4)):
         for head_dim in (16, 32, 64, 128, 256):
-            for kind in ("long", "short", "few"):
-                plain = configs.attention(of_class, itemsize, head_dim, kind)
-                for absent, window in ((NO_BIAS, -1), (NO_BIAS, 64), ((), -1)):
-                    if (absent, window) != (NO_BIAS, -1) and kind == "short":
-                        continue
-                    own = plain if absent == NO_BIAS else configs.biased(plain, itemsize, head_dim)
-                    m, n, warps, stages = own
-                    constants = (head_dim, head_dim, m, n, 1, window, "ieee")
-                    found.append(make("attention_kernel", BIASED, constants, warps, stages, floats, absent))
+            for kind, absent, window in (
+                ("long", NO_BIAS, -1), ("short", NO_BIAS, -1), ("few", NO_BIAS, -1), ("few", NO_BIAS, 64),
+                ("few", (), -1), ("biased", NO_BIAS, 64), ("biased", (), -1),
+            ):  # fmt: skip
+                tiles = configs.attention(of_class, itemsize, head_dim, kind)
+                if not absent:
+                    tiles = configs.biased(tiles, itemsize, head_dim)
+                m, n, warps, stages, registers = tiles
+                constants = (head_dim, head_dim, m, n, 1, window, "ieee")
+                found.append(make("attention_kernel", BIASED, constants, warps, stages, floats, absent, registers))
     for rows in (1, 1024, 1 << 20):
         tiles = configs.linear(of_class, 2, 768, 3072, rows)
         for even_k in (True, False):

@@ -13,6 +13,12 @@ VERSION = tuple(int(part) for part in triton.__version__.split("+")[0].split("."
 JIT_OPTIONS = {"enable_fp_fusion": True}
 
 
+def options(num_warps: int, num_stages: int, registers: int = 0) -> dict[str, Any]:
+    """What a kernel is compiled with; `registers` is the most that a thread may take, 0 for no bound."""
+    found = {"num_warps": num_warps, "num_stages": num_stages, **JIT_OPTIONS}
+    return found | {"maxnreg": registers} if registers else found
+
+
 def argument(value: Any) -> Any:
     """A launch argument as Triton's own launcher takes it."""
     block = getattr(value, "block", None)

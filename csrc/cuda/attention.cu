@@ -3,25 +3,7 @@
 
 namespace clinfast {
 namespace cuda {
-namespace {
-
-// Major and minor compute capability of the current device, as 90 for 9.0.
-int capability() {
-#if defined(__CUDACC__)
-  static int known[64];
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device)) return 0;
-  if (device < 64 && known[device]) return known[device];
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (device < 64) known[device] = 10 * major + minor;
-  return 10 * major + minor;
-#else
-  return 80;
-#endif
-}
-
-}  // namespace
+int attention_segments(int64_t k_tokens) { return int((k_tokens + kSegmentKeys - 1) / kSegmentKeys); }
 
 int attention(const AttentionArgs &given, DType dtype, AttentionKernel kernel, Stream stream) {
   AttentionArgs args = given;
@@ -29,9 +11,11 @@ int attention(const AttentionArgs &given, DType dtype, AttentionKernel kernel, S
   const int64_t strides = args.q_token_stride | args.q_head_stride | args.k_token_stride | args.k_head_stride |
                           args.v_token_stride | args.v_head_stride | args.out_token_stride | args.out_head_stride |
                           args.head_dim;
-  args.vectors = half && strides % 8 == 0 && on_16_bytes(args.q) && on_16_bytes(args.k) && on_16_bytes(args.v) &&
+  const bool few = kernel == AttentionKernel::few;
+  args.vectors = (half || few) && strides % 8 == 0 && on_16_bytes(args.q) && on_16_bytes(args.k) && on_16_bytes(args.v) &&
                  on_16_bytes(args.out);
   if (args.num_heads == 0 || args.q_tokens == 0 || args.batch == 0) return 0;
+  if (few) return attention_few(args, dtype, stream);
   const int cc = capability();
   const bool hopper = cc == 90 && half && args.vectors && (args.head_dim == 64 || args.head_dim == 128);
   if (kernel == AttentionKernel::wgmma && hopper) return attention_wgmma(args, dtype, stream);

@@ -19,13 +19,13 @@ struct Work {
 
 __device__ __forceinline__ int64_t within(int64_t x, int64_t most) { return x < 0 ? 0 : x > most ? most : x; }
 
-// The last note whose first slot is not beyond `slot`: a search in steps of 32, by the lanes of every warp.
-template <int Rows> __device__ __forceinline__ int note_of(const AttentionArgs &args, int slot) {
+// The last note that has started, as `started(note)` says: a search in steps of 32, by the lanes of every warp.
+template <typename Started> __device__ __forceinline__ int last_note(int notes, Started started) {
   const int lane = threadIdx.x % 32;
-  int first = 0, count = args.batch;
+  int first = 0, count = notes;
   while (count > 1) {
     const int step = (count + 31) / 32, note = first + lane * step;
-    const bool starts = lane * step < count && args.cu_seqlens_q[note] / Rows + note <= slot;
+    const bool starts = lane * step < count && started(note);
     const int found = max(__popc(__ballot_sync(0xFFFFFFFFu, starts)) - 1, 0);
     first += found * step;
     count = min(step, count - found * step);
@@ -33,19 +33,34 @@ template <int Rows> __device__ __forceinline__ int note_of(const AttentionArgs &
   return first;
 }
 
+__device__ __forceinline__ void find_keys(const AttentionArgs &args, int note, Work &work) {
+  work.k_begin = within(args.cu_seqlens_k[note], args.k_tokens);
+  int64_t keys = within(args.cu_seqlens_k[note + 1], args.k_tokens) - work.k_begin;
+  if (args.seqused_k) keys = min(keys, int64_t(args.seqused_k[note]));
+  work.keys = int(max(keys, int64_t(0)));
+}
+
 template <int Rows> __device__ __forceinline__ Work find_work(const AttentionArgs &args) {
-  const int slot = int(blockIdx.x), note = note_of<Rows>(args, slot);
+  const int slot = int(blockIdx.x);
+  const int note = last_note(args.batch, [&](int n) { return args.cu_seqlens_q[n] / Rows + n <= slot; });
   const int64_t begin = within(args.cu_seqlens_q[note], args.q_tokens);
   const int64_t end = within(args.cu_seqlens_q[note + 1], args.q_tokens);
-  const int64_t k_begin = within(args.cu_seqlens_k[note], args.k_tokens);
-  int64_t keys = within(args.cu_seqlens_k[note + 1], args.k_tokens) - k_begin;
-  if (args.seqused_k) keys = min(keys, int64_t(args.seqused_k[note]));
   Work work;
   work.q_begin = begin + int64_t(slot - (int(begin / Rows) + note)) * Rows;
   work.rows = int(within(end - work.q_begin, Rows));
-  work.k_begin = k_begin;
-  work.keys = int(max(keys, int64_t(0)));
+  find_keys(args, note, work);
   work.unowned = note + 1 == args.batch ? max(end, work.q_begin) : int64_t(args.q_tokens);
+  return work;
+}
+
+// Of one row of q, whose rows are 0 where no note owns it.
+__device__ __forceinline__ Work find_row(const AttentionArgs &args, int64_t row) {
+  const int note = last_note(args.batch, [&](int n) { return args.cu_seqlens_q[n] <= row; });
+  Work work;
+  work.q_begin = row;
+  work.rows = args.cu_seqlens_q[note] <= row && row < args.cu_seqlens_q[note + 1];
+  find_keys(args, note, work);
+  work.unowned = args.q_tokens;
   return work;
 }
 
@@ -67,6 +82,10 @@ __device__ __forceinline__ bool is_trivial(const AttentionArgs &args, const Work
   return work.rows == 0 || work.keys == 0;
 }
 
+// Keys of a note that one block of attention_few takes.
+constexpr int kSegmentKeys = 1024;
+
+int attention_few(const AttentionArgs &args, DType dtype, Stream stream);
 int attention_simt(const AttentionArgs &args, DType dtype, Stream stream);
 int attention_mma(const AttentionArgs &args, DType dtype, Stream stream);
 int attention_wgmma(const AttentionArgs &args, DType dtype, Stream stream);

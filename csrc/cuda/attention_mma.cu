@@ -137,6 +137,7 @@ __device__ __forceinline__ void long_note(const AttentionArgs &args, const Work 
 
 template <typename T, typename S>
 __global__ void __launch_bounds__(S::kThreads) attention_mma_kernel(const AttentionArgs args) {
+  after_earlier_grids();
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   CLINFAST_DYNAMIC_SHARED(memory);
   T *queries = reinterpret_cast<T *>(memory), *keys = queries + S::kRows * S::D, *values = keys + 2 * S::kKeys * S::D;

@@ -34,6 +34,7 @@ __device__ __forceinline__ float row_max(float x) {
 
 template <typename T, int D>
 __global__ void __launch_bounds__(Tile<D>::kThreads) attention_simt_kernel(const AttentionArgs args) {
+  after_earlier_grids();
   using S = Tile<D>;
   constexpr int R = S::kRows / S::kDown, C = S::kKeys / kAcross, V = D / kAcross;
   CLINFAST_DYNAMIC_SHARED(memory);

@@ -179,6 +179,7 @@ template <typename T, int D> struct Kernel {
 
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads, 1) attention_wgmma_kernel(const AttentionArgs args) {
+  after_earlier_grids();
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   CLINFAST_DYNAMIC_SHARED(memory);
   const Work work = find_work<kRows>(args);

@@ -1,4 +1,4 @@
-// Word + token type + position rows and their LayerNorm, for packed tokens; the sum stays in registers.
+// Word + token type + position rows and their LayerNorm or not, for packed tokens; the sum stays in registers.
 #include "cuda/launch.cuh"
 #include "cuda/row_norm.cuh"
 
@@ -32,9 +32,21 @@ __device__ __forceinline__ Rows look_up(const EmbeddingArgs &args, int64_t token
   return rows;
 }
 
+template <typename Row, bool Aligned, typename Out>
+__device__ __forceinline__ void put(const Row &row, const EmbeddingArgs &args, Out *out) {
+  if (args.weight) {
+    row.store(out, args.hidden, args.weight, args.shift);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < Row::kVectors; i++)
+    if (Row::column(i) < args.hidden) store_row<Aligned>(out, Row::column(i), args.hidden, row.values[i]);
+}
+
 template <typename T, int Vectors, int Threads, bool Aligned>
 __global__ void __launch_bounds__(Threads == 32 ? 32 * kRowsPerBlock : Threads)
     embedding_kernel(const EmbeddingArgs args) {
+  after_earlier_grids();
   constexpr int N = Vector<T>::N;
   CLINFAST_SHARED(float, scratch, Threads / 32);
   int64_t token = blockIdx.x;
@@ -67,14 +79,14 @@ __global__ void __launch_bounds__(Threads == 32 ? 32 * kRowsPerBlock : Threads)
 #pragma unroll
     for (int j = 0; j < N; j++) norm.values[i][j] += other[j];
   }
-  norm.normalise(hidden, args.eps, scratch);
+  if (args.weight) norm.normalise(hidden, args.eps, scratch);
   const int64_t out = token * args.out_stride;
   if (args.out_dtype == DType::f32)
-    norm.store(static_cast<float *>(args.out) + out, hidden, args.weight, args.shift);
+    put<Row, Aligned>(norm, args, static_cast<float *>(args.out) + out);
   else if (args.out_dtype == DType::bf16)
-    norm.store(static_cast<bfloat16 *>(args.out) + out, hidden, args.weight, args.shift);
+    put<Row, Aligned>(norm, args, static_cast<bfloat16 *>(args.out) + out);
   else
-    norm.store(static_cast<float16 *>(args.out) + out, hidden, args.weight, args.shift);
+    put<Row, Aligned>(norm, args, static_cast<float16 *>(args.out) + out);
 }
 
 template <typename T, int Vectors, int Threads, bool Aligned> int run(const EmbeddingArgs &args, Stream stream) {

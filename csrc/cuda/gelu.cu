@@ -12,6 +12,7 @@ template <bool Aligned> constexpr int kVectors = Aligned ? 4 : 2;  // of a threa
 
 template <typename T, GeluKind kind, bool Aligned>
 __global__ void __launch_bounds__(kThreads) gelu_kernel(const GeluArgs args) {
+  after_earlier_grids();
   constexpr int N = Vector<T>::N, kUnroll = kVectors<Aligned>;
   const int hidden = int(args.hidden);
   const uint32_t a_row = (hidden + N - 1) / N;

@@ -76,6 +76,19 @@ struct PackArgs {
 };
 int pack(const PackArgs &args, Stream stream);
 
+// `pack` into buffers of a fixed address: `rows` tokens of notes that empty ones follow up to number `notes`, which has
+// the rows past the batch's. `from` has the outputs cu_seqlens [notes + 2], indices [rows], seqused_k [notes + 1] and
+// facts; its `notes` are read only where pack_into_counts_first(). Positions are column + position_offset or, with
+// counts_positions, those of position_ids() below.
+struct PackIntoArgs {
+  PackArgs from;
+  int32_t *input_ids, *token_type_ids, *position_ids;
+  int64_t rows, notes, position_offset, padding_idx;
+  int32_t counts_positions;
+};
+bool pack_into_counts_first(int64_t positions);
+int pack_into(const PackIntoArgs &args, Stream stream);
+
 // padded[indices[t]] = packed[t]; every other row is zero. An index that is no position is left out. padded is
 // contiguous.
 struct UnpackArgs {
@@ -105,9 +118,16 @@ struct AttentionArgs {
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_k;
   int32_t batch, num_heads, head_dim, q_tokens, k_tokens;
   float scale;
+  // For `few`: room for q_tokens * num_heads * segments * (head_dim rounded up to 32, 64, 128 or 256, and 2), where
+  // there is more than one segment; see attention_segments().
+  float *partial;
+  int32_t segments;
   int32_t vectors;  // set by attention(): every row starts on 16 bytes and head_dim is a multiple of 8
 };
-enum class AttentionKernel : int32_t { automatic = 0, simt = 1, mma = 2, wgmma = 3 };
+// `few` is for few queries a note, and serves any number.
+enum class AttentionKernel : int32_t { automatic = 0, simt = 1, mma = 2, wgmma = 3, few = 4 };
+// Into how many parts `few` may cut the longest note of k_tokens keys.
+int attention_segments(int64_t k_tokens);
 int attention(const AttentionArgs &args, DType dtype, AttentionKernel kernel, Stream stream);
 
 // out = activation(x @ weight.T + bias) + residual, with exact GELU or without an activation; bias and residual may be
@@ -133,6 +153,8 @@ const char *error_text(int code);
 // Loads every kernel on the current device and raises its shared memory limit, so that nothing is left to be loaded
 // inside a graph capture.
 int prepare();
+// Whether kernels are launched while the one before them ends, on cards of 9.0 and later; off at first.
+void set_programmatic_launch(bool on);
 // Makes `device` current; `before` becomes the one that was.
 int exchange_device(int device, int &before);
 

@@ -9,6 +9,7 @@ namespace {
 template <typename T, int Vectors, int Threads, bool Aligned>
 __global__ void __launch_bounds__(Threads == 32 ? 32 * kRowsPerBlock : Threads)
     layer_norm_kernel(const LayerNormArgs args) {
+  after_earlier_grids();
   constexpr int N = Vector<T>::N;
   CLINFAST_SHARED(float, scratch, Threads / 32);
   int64_t row = blockIdx.x;

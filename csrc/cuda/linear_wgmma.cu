@@ -1,6 +1,7 @@
 // out = activation(x @ weight.T + bias) + residual on Hopper, by CUTLASS: TMA, warp-specialised and persistent, so that
 // the epilogue of one tile runs beside the main loop of the next: at K = 768 an exact GELU is as long as the product.
 #if defined(CLINFAST_CUTLASS)
+#define CUTLASS_ENABLE_GDC_FOR_SM90
 #include <cutlass/cutlass.h>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/epilogue/fusion/operations.hpp>
@@ -90,7 +91,9 @@ template <typename Element, Epilogue kind> int run(const LinearArgs &args, Strea
     return kNotServed;
   if (device.initialize(arguments, nullptr, static_cast<cudaStream_t>(stream)) != cutlass::Status::kSuccess)
     return kNotServed;
-  return device.run(static_cast<cudaStream_t>(stream)) == cutlass::Status::kSuccess ? 0 : int(cudaGetLastError());
+  return device.run(static_cast<cudaStream_t>(stream), nullptr, programmatic_launch()) == cutlass::Status::kSuccess
+             ? 0
+             : int(cudaGetLastError());
 }
 
 template <typename Element> int run(const LinearArgs &args, bool gelu, Stream stream) {

@@ -12,6 +12,7 @@ __device__ __forceinline__ float larger(float a, float b) { return a != a || a >
 
 template <typename T, PoolingKind kind, bool Aligned>
 __global__ void __launch_bounds__(32 * kWarps) pooling_kernel(const PoolingArgs args) {
+  after_earlier_grids();
   constexpr int N = Vector<T>::N;
   CLINFAST_SHARED(float, scratch, kWarps * 32 * N);
   const int64_t note = blockIdx.x;

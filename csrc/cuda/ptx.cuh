@@ -11,6 +11,15 @@
 namespace clinfast {
 namespace cuda {
 
+// Returns once every earlier grid of the stream is through and what it wrote is seen; lets the next one's blocks be set
+// up from then on. The first statement of every kernel: see launch.cuh.
+__device__ __forceinline__ void after_earlier_grids() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;
   asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -26,6 +26,7 @@ __device__ __forceinline__ void load_floats(const float *row, int start, int siz
 // distances' own mean takes out what rounding left in it: the corrected two-pass algorithm (Chan, Golub and LeVeque,
 // The American Statistician 37, 1983).
 template <int Vectors, int N, int Threads, bool Aligned> struct RowNorm {
+  static constexpr int kVectors = Vectors;
   float values[Vectors][N];
 
   static __device__ __forceinline__ int column(int i) {

@@ -1,4 +1,5 @@
 // Versions, devices, and the list of kernels.
+#include <atomic>
 #include <vector>
 
 #include "cuda/launch.cuh"
@@ -12,6 +13,8 @@ struct Kernel {
   size_t shared_bytes;
 };
 
+std::atomic<bool> programmatic{false};
+
 std::vector<Kernel> &kernels() {
   static std::vector<Kernel> list;
   return list;
@@ -24,7 +27,22 @@ bool add_kernel(const void *kernel, size_t shared_bytes) {
   return true;
 }
 
+void set_programmatic_launch(bool on) { programmatic = on; }
+
 #if defined(__CUDACC__)
+
+int capability() {
+  static std::atomic<int> known[64];
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device)) return 0;
+  if (device < 64 && known[device]) return known[device];
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (device < 64) known[device] = 10 * major + minor;
+  return 10 * major + minor;
+}
+
+bool programmatic_launch() { return programmatic && capability() >= 90; }
 
 Versions versions() {
   Versions found{};
@@ -60,6 +78,8 @@ int exchange_device(int device, int &before) {
 
 #else
 
+int capability() { return 80; }
+bool programmatic_launch() { return programmatic; }
 Versions versions() { return {0, 0, 1, 0}; }
 const char *error_text(int) { return "an error of the emulation"; }
 int prepare() { return 0; }

@@ -1,7 +1,8 @@
 """Compiles every CUDA source and reads what ptxas says of each kernel: `python -m compile_check` here, or
 `make cuda-check`. Results are kept by content, so that only what changed is compiled again.
 
-A spill, a stack frame, or a warning of ptxas about wgmma or setmaxnreg (C75xx) is an error.
+A spill, a stack frame, or a warning of ptxas about wgmma or setmaxnreg (C75xx) is an error. So is, from sm_90 on, a
+kernel that could touch global memory before it has waited for the grids before it (programmatic dependent launch).
 """
 
 from __future__ import annotations
@@ -63,12 +64,23 @@ def nvcc() -> str | None:
     return os.environ.get("CUDACXX") or shutil.which("nvcc")
 
 
+def cuobjdump() -> str | None:
+    """The disassembler: the toolkit's, or the one that comes with Triton."""
+    found = shutil.which("cuobjdump")
+    spec = None if found else importlib.util.find_spec("triton")
+    if spec is None or not spec.submodule_search_locations:
+        return found
+    theirs = Path(spec.submodule_search_locations[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(theirs) if theirs.exists() else None
+
+
 def sources() -> list[Path]:
     return sorted((CSRC / "cuda").glob("*.cu"))
 
 
 def _key(source: Path, target: str) -> str:
-    digest = hashlib.sha256(" ".join([version(), target, *flags(source, target)]).encode())
+    read = "disassembled" if cuobjdump() and waits_for_grids(target) else ""
+    digest = hashlib.sha256(" ".join([version(), target, read, *flags(source, target)]).encode())
     for file in [source, *sorted((CSRC / "cuda").glob("*.*h"))]:
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:20]
@@ -91,13 +103,45 @@ def messages(source: Path, target: str) -> str:
     made = kept.with_suffix(f".{os.getpid()}.cubin")
     words = [compiler, *flags(source, target), f"-arch=sm_{target}", "-cubin", str(source), "-o", str(made)]
     done = subprocess.run(words, capture_output=True, text=True)
-    made.unlink(missing_ok=True)
     if done.returncode:
         raise RuntimeError(f"{source.name} does not compile for sm_{target}:\n{done.stdout}{done.stderr}")
+    tool = cuobjdump()
+    if tool is not None and waits_for_grids(target):
+        code = subprocess.run([tool, "-sass", str(made)], capture_output=True, text=True, check=True).stdout
+        done.stderr += "".join(f"{line}\n" for line in grid_waits(code))
+    made.unlink(missing_ok=True)
     for old in CACHE.glob(f"{source.stem}.sm_{target}.*.txt"):
         old.unlink()
     kept.write_text(done.stdout + done.stderr)
     return done.stdout + done.stderr
+
+
+def waits_for_grids(target: str) -> bool:
+    return int(target.rstrip("a")) >= 90
+
+
+# Reads and writes of global memory by their names in machine code, and what leaves a straight line.
+GLOBAL = r"(LDG|STG|LD|ST|LDGSTS|LDGDEPBAR|ATOM|ATOMG|RED|REDG|UTMALDG|UTMASTG|UBLKCP|CCTL)"
+TURNS = r"(BRA|BRX|JMP|CALL|EXIT|RET|BSSY|WARPSYNC)"
+
+
+def grid_waits(code: str) -> list[str]:
+    """For each kernel of a disassembly: `grid wait: NAME: first`, or what is wrong with its wait for earlier grids.
+
+    Right is: griddepcontrol.wait (ACQBULK) stands in the straight line that a kernel begins with, before any access to
+    global memory, and griddepcontrol.launch_dependents (PREEXIT) behind it. A kernel of CUTLASS has both, elsewhere.
+    """
+    found = []
+    for part in code.split("Function : ")[1:]:
+        name = part.split(None, 1)[0]
+        lines = re.findall(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", part)
+        if "ACQBULK" not in lines or "PREEXIT" not in lines:
+            found.append(f"grid wait: {name}: missing")
+            continue
+        before = lines[: lines.index("ACQBULK")]
+        early = [word for word in before if re.fullmatch(f"{GLOBAL}|{TURNS}", word)]
+        found.append(f"grid wait: {name}: " + (f"after {', '.join(early)}" if early else "first"))
+    return found
 
 
 def kernels(source: Path, target: str) -> list[Kernel]:
@@ -135,7 +179,13 @@ def complaints(source: Path, target: str) -> list[str]:
     ]
     text = messages(source, target)
     lines = [line for line in text.splitlines() if re.search(r"C75\d\d", line)]
-    return found + [f"{source.name} on sm_{target}: {line}" for line in lines]
+    waits = [line.split(": ")[1:] for line in text.splitlines() if line.startswith("grid wait: ")]
+    late = [
+        f"{short_name(name)} on sm_{target}: its wait for earlier grids is {where}"
+        for name, where in waits
+        if where != "first" and not ("cutlass" in name and where != "missing")
+    ]
+    return found + late + [f"{source.name} on sm_{target}: {line}" for line in lines]
 
 
 def compile_all(targets: tuple[str, ...]) -> None:
@@ -178,6 +228,8 @@ def main() -> int:
         found = [dataclasses.asdict(k) for source in sources() for target in targets for k in kernels(source, target)]
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
     wrong = [line for source in sources() for target in targets for line in complaints(source, target)]
+    if cuobjdump() is None:
+        print("cuda-check: waits for earlier grids were not looked at: there is no cuobjdump (it comes with Triton)")
     print("\n".join(wrong) if wrong else f"cuda-check: no spill, no stack frame, no C75xx for {', '.join(targets)}")
     return 1 if wrong else 0
 

@@ -167,7 +167,8 @@ def test_boundaries_outside_the_tensors_touch_nothing_outside(attention, dtype, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [33, 64])
-def test_writes_nothing_outside_the_result(machine, dtype, head_dim):
+@pytest.mark.parametrize("kernel", ["", "few"])
+def test_writes_nothing_outside_the_result(machine, kernel, dtype, head_dim):
     args = case([7, 0, 30], 2, head_dim, dtype)
     q, k, v, cu_seqlens = (machine.there(t) for t in args[:4])
     width = 2 * head_dim
@@ -176,10 +177,12 @@ def test_writes_nothing_outside_the_result(machine, dtype, head_dim):
     machine.kernels.attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
         *(stride for t in (q, k, v) for stride in t.stride()[:2]), width + 6, head_dim, cu_seqlens.data_ptr(),
-        cu_seqlens.data_ptr(), 0, 3, 2, head_dim, 37, 37, args[-1], native.DTYPES[dtype], 0,
+        cu_seqlens.data_ptr(), 0, 3, 2, head_dim, 37, 37, args[-1], 0, 1, native.DTYPES[dtype],
+        backend.KERNELS[kernel],
         *machine.device_and_stream(),
     )  # fmt: skip
-    assert torch.equal(out.unflatten(1, (2, head_dim)).cpu(), machine(backend.attention, *args))
+    expected = machine(backend.prechecked, *args, backend.KERNELS[kernel])
+    assert torch.equal(out.unflatten(1, (2, head_dim)).cpu(), expected)
     out.fill_(SENTINEL)
     assert (big == torch.tensor(SENTINEL, dtype=dtype)).all()
 

@@ -32,3 +32,27 @@ def test_a_spill_is_noticed(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(compile_check, "CACHE", tmp_path)
     assert any("spills on sm_80" in line and "of spills" in line for line in compile_check.complaints(source, "80"))
+
+
+@pytest.mark.parametrize("source", compile_check.sources(), ids=lambda source: source.stem)
+def test_every_kernel_waits_for_earlier_grids_before_it_touches_memory(source):
+    """Programmatic dependent launch is right by that alone: see csrc/cuda/launch.cuh."""
+    if compile_check.nvcc() is None or compile_check.cuobjdump() is None:
+        pytest.skip("there is no nvcc, or no cuobjdump, which comes with Triton")
+    for target in filter(compile_check.waits_for_grids, compile_check.DEFAULT_TARGETS):
+        found = [x for x in compile_check.messages(source, target).splitlines() if x.startswith("grid wait: ")]
+        assert len(found) == len(compile_check.kernels(source, target))
+        assert all(line.endswith(": first") or "cutlass" in line for line in found), "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("/*0000*/ MOV R1 ; /*0010*/ ACQBULK ; /*0020*/ PREEXIT ; /*0030*/ LDG.E R2 ;", "first"),
+        ("/*0000*/ LDG.E R2 ; /*0010*/ ACQBULK ; /*0020*/ PREEXIT ;", "after LDG"),
+        ("/*0000*/ @P0 EXIT ; /*0010*/ ACQBULK ; /*0020*/ PREEXIT ;", "after EXIT"),
+        ("/*0000*/ ACQBULK ; /*0010*/ LDG.E R2 ;", "missing"),
+    ],
+)
+def test_a_wait_that_comes_late_is_noticed(code, expected):
+    assert compile_check.grid_waits(f"Function : kernel\n{code}") == [f"grid wait: kernel: {expected}"]

@@ -7,6 +7,7 @@ from test_embedding import NAMES, POSITIONS, VOCAB, case, stock_and_exact
 
 from clinfast.backends.cuda import native
 from clinfast.backends.cuda.embedding import embedding, prechecked
+from clinfast.ops import embedding as op
 
 DTYPES = list(native.DTYPES)
 SHAPES = [(1, 1, 1), (2, 7, 33), (2, 5, 384), (1, 6, 1023), (1, 3, 1032)]
@@ -21,6 +22,19 @@ def test_matches_reference(machine, batch, seqlen, hidden, table_dtype, out_dtyp
         ours = machine(embedding, *args)
         assert ours.dtype == out_dtype
         assert_within_budget(ours, *stock_and_exact(args))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [33, 384, 1032])
+def test_without_a_layer_norm_it_is_the_sum(machine, hidden, dtype):
+    for table, placed, out in ((True, True, torch.float32), (False, False, torch.bfloat16)):
+        args = case(2, 9, hidden, dtype, table=table, out=out, placed=placed)
+        args[7] = args[8] = None
+        tables = [None if a is None else a.float() for a in args[4:7]]
+        assert torch.equal(machine(embedding, *args), op.reference(*args[:4], *tables, *args[7:]))
+    args[7] = torch.ones(hidden)
+    with pytest.raises(ValueError, match="one of weight and shift is None"):
+        machine(embedding, *args)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from emulation import build
 
-FAULTS = ["none", "no_wait", "no_barrier", "no_barrier_after", "some_threads", "two_operations"]
+FAULTS = ["none", "no_wait", "no_barrier", "no_barrier_after", "some_threads", "two_operations", "no_grid_wait"]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,12 @@ def test_a_missing_wait_or_barrier_shows_in_one_order_of_threads(library, fault)
 def test_a_barrier_that_some_do_not_reach_stops(library, fault, reverse):
     assert exchange(library, fault, reverse)[0]
     assert exchange(library, "none", reverse) == (False, True)  # and the next launch is sound
+
+
+@pytest.mark.parametrize("reverse", [0, 1])
+def test_a_thread_that_does_not_wait_for_earlier_grids_stops(library, reverse):
+    """What programmatic dependent launch rests on."""
+    assert exchange(library, "no_grid_wait", reverse)[0]
 
 
 def test_the_product_of_a_warp(library):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from test_packing import LAYOUTS, TYPES, VOCAB, assert_packs_alike, laid_out, unpack_case
 
 from clinfast.backends.cuda import native
-from clinfast.backends.cuda.packing import pack, position_ids, unpack, unpack_prechecked
+from clinfast.backends.cuda.packing import pack, pack_into, position_ids, unpack, unpack_prechecked
 from clinfast.ops import packing as op
 
 DTYPES = list(native.DTYPES)
@@ -153,3 +153,74 @@ def test_unpack_names_bad_arguments(machine, change, message):
     machine(unpack, **args)
     with pytest.raises(ValueError, match=message):
         machine(unpack, **{**args, **change})
+
+
+def buffers_of(machine, rows, notes):
+    """Filled with what no batch brings, but within the tables: rows past the batch's keep it."""
+    found = op.PackedBuffers.of(rows, notes, torch.device(machine.device))
+    for name in ("input_ids", "token_type_ids", "position_ids", "indices"):
+        getattr(found, name).fill_(1)
+    return found
+
+
+def check_pack_into(machine, ids, mask, types, constants, notes, spare=5):
+    from clinfast.backends import torch as stock
+
+    rows = ids.numel() + spare
+    ours, expected = buffers_of(machine, rows, notes), op.PackedBuffers.of(rows, notes, torch.device("cpu"))
+    before = [t.clone() for t in ours]
+    pack_into(*map(machine.there, (ids, mask, types)), constants, rows, notes, ours)
+    stock.pack_into(ids, mask, types, constants, rows, notes, expected)
+    tokens = int(expected.facts[0])
+    for name, a, old, b in zip(expected._fields, ours, before, expected, strict=True):
+        a, old = a.cpu(), old.cpu()
+        size = tokens if name in ("input_ids", "token_type_ids", "position_ids", "indices") else len(b)
+        assert torch.equal(a[:size], b[:size]), name
+        assert torch.equal(a[size:], old[size:]), f"{name} past the batch's rows"
+
+
+@any_batch
+@given(
+    batch=st.integers(1, 5),
+    seqlen=st.integers(1, 40),
+    keep=st.floats(0, 1),
+    mask_dtype=st.sampled_from([None, *MASKS]),
+    wide=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
+    keep_padding=st.booleans(),
+    counted=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_pack_into_any_batch(machine, batch, seqlen, keep, mask_dtype, wide, layout, keep_padding, counted, seed):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-1, VOCAB + 1, (batch, seqlen), generator=g)
+    types = torch.randint(-1, TYPES + 1, (batch, seqlen), generator=g)
+    mask = None if mask_dtype is None else (torch.rand(batch, seqlen, generator=g) < keep).to(mask_dtype)
+    if not wide:
+        ids, types = ids.int(), types.int()
+    constants = op.PackInto(VOCAB, TYPES, 2, 1 if counted else None, keep_padding)
+    mask = mask if mask is None else laid_out(mask, layout, 1)
+    types = laid_out(types, layout, 0) if seed % 2 else None
+    check_pack_into(machine, laid_out(ids, layout, 0), mask, types, constants, notes=8)
+
+
+@pytest.mark.parametrize("keep_padding", [False, True])
+@pytest.mark.parametrize(("batch", "seqlen"), [(1, 700), (3, 257), (300, 3), (17, 512)])
+def test_pack_into_more_than_a_block_and_than_one_launch(machine, batch, seqlen, keep_padding):
+    """The last one is beyond what one launch packs."""
+    g = torch.Generator().manual_seed(seqlen)
+    ids = torch.randint(0, VOCAB, (batch, seqlen), generator=g)
+    ids[batch - 1, seqlen - 1] = VOCAB
+    mask = torch.rand(batch, seqlen, generator=g) < 0.6
+    for counted in (None, 1):
+        constants = op.PackInto(VOCAB, 0, 0, counted, keep_padding)
+        check_pack_into(machine, ids, mask, None, constants, notes=512 if batch > 32 else 32)
+
+
+def test_pack_into_writes_nothing_past_its_rows(machine):
+    """A mask that changed since its tokens were counted, by another stream, must not reach what lies behind."""
+    ids = torch.zeros(2, 30, dtype=torch.int64)
+    ours = buffers_of(machine, 60, 4)
+    pack_into(machine.there(ids), None, None, op.PackInto(VOCAB, TYPES, 0, None, False), 16, 4, ours)
+    for name in ("input_ids", "token_type_ids", "position_ids", "indices"):
+        assert (getattr(ours, name)[16:] == 1).all(), name

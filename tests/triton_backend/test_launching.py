@@ -90,10 +90,11 @@ def test_no_driver_is_a_sentence(tmp_path):
     assert "no-such-libcuda.so" in done.stdout
 
 
-def test_without_cubin_and_compiler_pytorch_serves(stub, tmp_path):
+def test_without_cubin_and_compiler_the_next_backend_serves(stub, tmp_path):
     facts = run("no_compiler.py", stub, tmp_path)
-    assert facts["served"] == {"layer_norm[torch]": 2, "linear": "torch"}
+    assert facts["served"] == {"layer_norm[torch]": 2, "linear": "cuBLAS"}
+    reason = "Triton needs a C compiler to launch what it compiles, and there is none (gcc, clang or CC)"
     assert facts["sentences"] == [
-        "clinfast: PyTorch serves layer_norm where the package has no layer_norm_kernel for this card and shape, and "
-        "Triton needs a C compiler to launch what it compiles, and there is none (gcc, clang or CC)"
+        f"clinfast: torch serves {op} where the package has no {kernel} for this card and shape, and {reason}"
+        for op, kernel in (("layer_norm", "layer_norm_kernel"), ("linear", "linear_tma_kernel"))
     ]

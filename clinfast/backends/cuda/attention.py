@@ -13,7 +13,9 @@ from clinfast.backends.cuda.values import check_attention
 
 MAX_HEAD_DIM = 256
 # What CLINFAST_CUDA_ATTENTION may name: the kernel's number.
-KERNELS = {"": 0, "simt": 1, "mma": 2, "wgmma": 3}
+KERNELS = {"": 0, "simt": 1, "mma": 2, "wgmma": 3, "few": 4}
+FEW = KERNELS["few"]
+WIDTHS = (32, 64, 128, 256)
 
 
 def chosen_kernel() -> int:
@@ -61,6 +63,7 @@ def prechecked(
     cu_seqlens_k: Tensor,
     seqused_k: Tensor | None,
     scale: float,
+    kernel: int | None = None,
 ) -> Tensor:
     """Boundaries outside the tensors are held inside them, and rows of no note give NaN: raising would wait for the
     device."""
@@ -89,11 +92,20 @@ def prechecked(
         q_strides = q.stride()
     tokens, num_heads, head_dim = q_shape
     out = torch.empty(tokens, num_heads, head_dim, dtype=dtype, device=q.device)
-    native.on(device).attention(
+    kernel = KERNEL if kernel is None else kernel
+    kernels, partial, segments = native.on(device), 0, 1
+    if kernel == FEW:
+        segments = kernels.attention_segments(k_shape[0])
+        if segments > 1:
+            width = 2 + next(width for width in WIDTHS if head_dim <= width)
+            room = torch.empty(tokens * num_heads * segments * width, dtype=torch.float32, device=q.device)
+            partial = room.data_ptr()
+    kernels.attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), q_strides[0], q_strides[1], k_strides[0],
         k_strides[1], v_strides[0], v_strides[1], num_heads * head_dim, head_dim, cu_seqlens_q.data_ptr(),
         cu_seqlens_k.data_ptr(), 0 if seqused_k is None else seqused_k.data_ptr(), boundaries[0] - 1, num_heads,
-        head_dim, tokens, k_shape[0], scale, native.DTYPES[dtype], KERNEL, device, native.stream(device),
+        head_dim, tokens, k_shape[0], scale, partial, segments, native.DTYPES[dtype], kernel, device,
+        native.stream(device),
     )  # fmt: skip
     return out
 
@@ -112,4 +124,22 @@ def attention(
     return out
 
 
-IMPLEMENTATIONS = {"attention": attention, "attention.prechecked": prechecked}
+def first_token(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """`prechecked` for one query a note: the keys of a note are split over warps, and over blocks from 1,024 on."""
+    kernel = KERNEL or FEW
+    return prechecked(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale, kernel)
+
+
+IMPLEMENTATIONS = {
+    "attention": attention,
+    "attention.prechecked": prechecked,
+    "attention.first_token.prechecked": first_token,
+}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clinfast.backends import torch as plain
 from clinfast.backends.cuda.layer_norm import MAX_HIDDEN
 from clinfast.backends.cuda.native import (
     DTYPE_NAMES,
@@ -44,11 +43,6 @@ def prechecked(
     dtype: torch.dtype,
 ) -> Tensor:
     """A token outside a table gives a row of NaN: raising would wait for the device. `pack` reports such ids."""
-    if weight is None or shift is None:  # the kernel ends in a LayerNorm
-        return plain.embedding(
-            input_ids, token_type_ids, indices, position_ids, word, position, token_type, weight, shift, eps,
-            position_offset, dtype,
-        )  # fmt: skip
     out_dtype = DTYPES.get(dtype)
     if out_dtype is None:
         raise ValueError(f"embedding: dtype is {dtype}; it must be {DTYPE_NAMES}")
@@ -66,8 +60,11 @@ def prechecked(
             token_type.stride()[0],
             token_type.shape[0],
         )
-    check_vector("embedding", "weight", weight, hidden, device)
-    check_vector("embedding", "shift", shift, hidden, device)
+    if (weight is None) != (shift is None):
+        raise ValueError("embedding: one of weight and shift is None; pass both, or neither where no LayerNorm follows")
+    if weight is not None and shift is not None:
+        check_vector("embedding", "weight", weight, hidden, device)
+        check_vector("embedding", "shift", shift, hidden, device)
     ids_bytes = check_ids("embedding", "input_ids", input_ids, device)
     batch, seqlen = input_ids.shape
     types_bytes = types_row = types_column = 0
@@ -95,7 +92,7 @@ def prechecked(
         input_ids.data_ptr(), address(token_type_ids), ids_row, ids_column, types_row, types_column, ids_bytes,
         types_bytes, indices.data_ptr(), address(position_ids), batch, seqlen, tokens, hidden, position_offset,
         word.data_ptr(), position.data_ptr(), types_address, word.stride()[0], position.stride()[0], type_stride,
-        vocab_size, position.shape[0], type_vocab_size, weight.data_ptr(), shift.data_ptr(), out.data_ptr(), hidden,
+        vocab_size, position.shape[0], type_vocab_size, address(weight), address(shift), out.data_ptr(), hidden,
         eps, table_dtype, out_dtype, device, stream(device),
     )  # fmt: skip
     return out

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from clinfast.ops import choices
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DTYPE_NAMES = "float32, bfloat16 or float16"
@@ -62,10 +65,23 @@ def kernels() -> ModuleType:
     return module
 
 
+def wants_programmatic_launch() -> bool:
+    """CLINFAST_CUDA_PDL (0, 1), else what `clinfast tune` measured on this card, else not.
+
+    Raises:
+        ValueError: the variable is neither.
+    """
+    asked = os.environ.get("CLINFAST_CUDA_PDL", "")
+    if asked not in ("", "0", "1"):
+        raise ValueError(f"CLINFAST_CUDA_PDL is {asked!r}; choose 1 (programmatic dependent launch) or 0")
+    return asked == "1" if asked else bool(choices.measured().get("programmatic_launch", {}).get("chosen", False))
+
+
 @functools.cache
 def on(device: int) -> ModuleType:
     """The kernels, all of them loaded on this device: nothing is left to load inside a graph capture."""
     module = kernels()
+    module.set_programmatic_launch(wants_programmatic_launch())
     module.prepare(device)
     return module
 

@@ -17,7 +17,6 @@ from clinfast.backends.cuda.native import (
     stream,
 )
 from clinfast.backends.cuda.values import check_indices
-from clinfast.backends.torch import place
 from clinfast.ops.packing import PackedBuffers, PackInto
 
 ID_BYTES = {torch.int64: 8, torch.int32: 4}
@@ -139,6 +138,13 @@ def position_ids(input_ids: Tensor, padding_idx: int) -> Tensor:
     return out
 
 
+def _addresses(buffers: PackedBuffers) -> list[int]:
+    """Kept with them: they do not move."""
+    addresses = list(map(Tensor.data_ptr, buffers))
+    buffers.facts.clinfast_addresses = addresses  # type: ignore[attr-defined]
+    return addresses
+
+
 def pack_into(
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -148,10 +154,34 @@ def pack_into(
     notes: int,
     buffers: PackedBuffers,
 ) -> None:
-    """`pack`, and PyTorch for the rest."""
-    vocab_size, types, _, _, keep_padding = constants
-    packed = pack(input_ids, attention_mask, token_type_ids, vocab_size, types, keep_padding)
-    place(input_ids, token_type_ids, packed, constants, rows, notes, buffers)
+    """One launch, two for a batch of thousands of positions. The engine's own inputs: their shapes and dtypes, and the
+    sizes of the buffers, were looked at."""
+    (batch, seqlen), device = input_ids.shape, input_ids.get_device()
+    vocab_size, type_vocab_size, position_offset, padding_idx, keep_padding = constants
+    mask = mask_bytes = mask_row = mask_column = types = types_bytes = types_row = types_column = room = 0
+    if attention_mask is not None:
+        if attention_mask.dtype not in MASK_BYTES:
+            attention_mask = attention_mask != 0
+        mask, mask_bytes = attention_mask.data_ptr(), MASK_BYTES[attention_mask.dtype]
+        mask_row, mask_column = attention_mask.stride()
+    if token_type_ids is not None:
+        types, types_bytes = token_type_ids.data_ptr(), ID_BYTES[token_type_ids.dtype]
+        types_row, types_column = token_type_ids.stride()
+    kernels = on(device)
+    if kernels.pack_into_counts_first(batch * seqlen):
+        counts = torch.empty(2 * batch, dtype=torch.int32, device=input_ids.device)
+        room = counts.data_ptr()
+    addresses = getattr(buffers.facts, "clinfast_addresses", None)
+    if addresses is None:
+        addresses = _addresses(buffers)
+    out_ids, out_types, out_positions, indices, cu_seqlens, seqused_k, facts = addresses
+    ids_row, ids_column = input_ids.stride()
+    kernels.pack_into(
+        mask, input_ids.data_ptr(), types, mask_row, mask_column, ids_row, ids_column, types_row, types_column,
+        mask_bytes, ID_BYTES[input_ids.dtype], types_bytes, batch, seqlen, vocab_size, type_vocab_size, keep_padding,
+        cu_seqlens, indices, seqused_k, room, facts, out_ids, out_types, out_positions, rows, notes, position_offset,
+        padding_idx or 0, padding_idx is not None, device, stream(device),
+    )  # fmt: skip
 
 
 IMPLEMENTATIONS = {

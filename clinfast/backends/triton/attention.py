@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clinfast.backends.triton import checks, cubins, device
-from clinfast.backends.triton.launch import launch, or_torch
+from clinfast.backends.triton.launch import launch
 from clinfast.triton_kernels import configs
 
 MAX_HEAD_DIM = 256
@@ -144,12 +144,12 @@ def extended(
     kind, together = _kind_and_heads(index, q_tokens, batch, heads)
     together = heads_together or together
     if window is not None or bias is not None:
-        kind, together = "few" if kind == "few" else "long", 1
+        kind, together = "few" if kind == "few" else "biased", 1
     if tiles is None:
         tiles = configs.attention(device.device_class(index), q.itemsize, head_dim, kind)
     if bias is not None:
         tiles = configs.biased(tiles, q.itemsize, head_dim)
-    block_m, block_n, warps, stages = tiles
+    block_m, block_n, warps, stages, registers = tiles
     work, bound = _tiles(cu_seqlens_q, cu_seqlens_k, seqused_k, q_tokens, k.shape[0], block_m)
     if scale <= 0:  # the kernel takes the maximum before the factor, and masked scores are infinite
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
@@ -159,12 +159,11 @@ def extended(
          heads * head_dim, head_dim, reach, scale * LOG2E),
         (head_dim, max(16, checks.power_of_two(head_dim)), block_m, block_n, together,
          -1 if window is None else window, "ieee"),
-        warps, stages,
+        warps, stages, registers,
     )  # fmt: skip
     return out
 
 
-@or_torch("attention")
 def prechecked(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None, scale: float
 ) -> Tensor:
@@ -182,7 +181,6 @@ def attention(
     return result
 
 
-@or_torch("attention")
 def fixed(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None, scale: float
 ) -> Tensor:

@@ -21,8 +21,8 @@ FOLDER = Path(__file__).parents[2] / "triton_kernels" / "cubins"
 SERVES = {(8, 0): 80, (8, 6): 80, (8, 7): 80, (8, 9): 89, (9, 0): 90, (10, 0): 100, (12, 0): 120}
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
-    torch.bool: "i1", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", int: "i32", float: "fp32",
-    type(None): "-",
+    torch.float8_e4m3fn: "fp8e4nv", torch.bool: "i1", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
+    int: "i32", float: "fp32", type(None): "-",
 }  # fmt: skip
 
 
@@ -61,17 +61,15 @@ def available(index: int) -> bool:
     return of_class is not None and archive(of_class) is not None and launcher() is not None
 
 
-def find(
-    index: int, name: str, args: tuple[Any, ...], constants: tuple[Any, ...], num_warps: int, num_stages: int
-) -> Cubin | None:
-    """The loaded cubin for such a call, or None."""
+def find(index: int, name: str, args: tuple[Any, ...], how: tuple[Any, ...]) -> Cubin | None:
+    """The loaded cubin for such a call, or None; `how` is what follows the types in a `Variant`."""
     of_class = SERVES.get(device.capability(index))
     found = None if of_class is None else archive(of_class)
     if found is None or launcher() is None:
         return None
     kinds = [a if a is None or isinstance(a, (int, float)) else a.dtype for a in args]
     types = tuple(TYPES[type(k) if not isinstance(k, torch.dtype) else k] for k in kinds)
-    key = Variant(name, types, constants, num_warps, num_stages).key
+    key = Variant(name, types, *how).key
     return Cubin(index, key, found) if key in found[1] else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -39,6 +40,18 @@ def index_of(tensor: torch.Tensor) -> int:
 
 def current() -> int:
     return torch.cuda.current_device()
+
+
+def on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """The tensor's GPU as the current one."""
+    if TYPE != "cuda" or index_of(tensor) == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def capturing() -> bool:
+    """Whether the current stream's work goes into a graph of the caller's."""
+    return TYPE == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def no_gpu() -> str | None:

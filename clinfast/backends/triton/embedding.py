@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clinfast.backends.triton import checks, device
-from clinfast.backends.triton.launch import KernelUnavailable, launch, or_torch
+from clinfast.backends.triton.launch import launch
 from clinfast.backends.triton.layer_norm import MAX_HIDDEN
 from clinfast.triton_kernels import configs
 
@@ -28,16 +28,17 @@ def _embed(
 ) -> Tensor:  # fmt: skip
     if dtype not in checks.FLOATS:
         raise ValueError(f"embedding: dtype is {dtype}; it must be {checks.FLOAT_NAMES}")
-    if weight is None or shift is None:
-        raise KernelUnavailable("the kernel ends in a LayerNorm, and this embedding has none")
     checks.rows("embedding", "word", word)
     vocab_size, hidden = word.shape
     block = checks.width("embedding", hidden, MAX_HIDDEN)
     _table("position", position, word)
     if token_type is not None:
         _table("token_type", token_type, word)
-    checks.vector("embedding", "weight", weight, hidden)
-    checks.vector("embedding", "shift", shift, hidden)
+    if (weight is None) != (shift is None):
+        raise ValueError("embedding: one of weight and shift is None; pass both, or neither where no LayerNorm follows")
+    if weight is not None and shift is not None:
+        checks.vector("embedding", "weight", weight, hidden)
+        checks.vector("embedding", "shift", shift, hidden)
     checks.ids("embedding", "input_ids", input_ids)
     batch, seqlen = input_ids.shape
     if token_type_ids is not None:
@@ -72,7 +73,6 @@ def _embed(
     return out
 
 
-@or_torch("embedding")
 def prechecked(
     input_ids: Tensor, token_type_ids: Tensor | None, indices: Tensor, position_ids: Tensor | None, word: Tensor,
     position: Tensor, token_type: Tensor | None, weight: Tensor | None, shift: Tensor | None, eps: float,
@@ -85,7 +85,6 @@ def prechecked(
     )  # fmt: skip
 
 
-@or_torch("embedding")
 def embedding(
     input_ids: Tensor, token_type_ids: Tensor | None, indices: Tensor, position_ids: Tensor | None, word: Tensor,
     position: Tensor, token_type: Tensor | None, weight: Tensor | None, shift: Tensor | None, eps: float,

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from clinfast.backends.triton import checks
-from clinfast.backends.triton.launch import launch, or_torch
+from clinfast.backends.triton.launch import launch
 
 KINDS = {"none": "gelu", "tanh": "gelu_tanh"}
 ROWS, BLOCK = 4, 512
 
 
-@or_torch("gelu")
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     if approximate not in KINDS:
         raise ValueError(f"gelu: approximate is {approximate!r}; choose 'none' (erf) or 'tanh'")

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from clinfast.backends import torch as fallbacks
 from clinfast.backends.triton import cubins, device
-from clinfast.ops.registry import calls
+from clinfast.ops.registry import NotOffered
 from clinfast.triton_kernels.variants import KERNELS
 
-log = logging.getLogger("clinfast")
-Function = TypeVar("Function", bound=Callable[..., Any])
 Runner = Callable[[tuple[int, int, int], tuple[Any, ...]], None]
 
 _runners: dict[tuple[Any, ...], Runner] = {}
@@ -25,8 +21,17 @@ _runners: dict[tuple[Any, ...], Runner] = {}
 launches = {"cubin": 0, "jit": 0}
 
 
-class KernelUnavailable(Exception):
+class KernelUnavailable(NotOffered):
     """There is no cubin for the call, and Triton cannot compile one here; the message says why."""
+
+
+class Compilation(NamedTuple):
+    """What a kernel is compiled with, besides the types of its arguments."""
+
+    constants: tuple[Any, ...]
+    num_warps: int
+    num_stages: int
+    registers: int
 
 
 class Matrix:
@@ -45,19 +50,21 @@ def launch(
     constants: tuple[Any, ...],
     num_warps: int = 4,
     num_stages: int = 2,
+    registers: int = 0,
 ) -> None:
     """Run `name` on the device of its first tensor.
 
     Args:
         args: tensors, `Matrix`, integers, floats and None, in the kernel's order.
         constants: the kernel's compile-time values, in its order.
+        registers: the most that a thread may take; 0 for no bound.
 
     Raises:
         KernelUnavailable: nothing to run it with.
     """
     first = args[0]
     index = device.index_of(first.tensor if type(first) is Matrix else first)
-    run = runner(name, index, args, constants, num_warps, num_stages)
+    run = runner(name, index, args, constants, num_warps, num_stages, registers)
     if device.TYPE == "cuda" and index != torch.cuda.current_device():
         with torch.cuda.device(index):
             run(grid, args)
@@ -66,22 +73,26 @@ def launch(
 
 
 def runner(
-    name: str, index: int, args: tuple[Any, ...], constants: tuple[Any, ...], num_warps: int = 4, num_stages: int = 2
+    name: str,
+    index: int,
+    args: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    num_warps: int = 4,
+    num_stages: int = 2,
+    registers: int = 0,
 ) -> Runner:
     """What launches `name` for arguments of these types on device `index`, which must be the current one then."""
     kinds = tuple([a.dtype if isinstance(a, (Tensor, Matrix)) else type(a) for a in args])
-    key = (name, index, num_warps, num_stages, constants, kinds)
+    key = (name, index, num_warps, num_stages, registers, constants, kinds)
     run = _runners.get(key)
     if run is None:
-        run = _runners[key] = _prepare(name, index, args, constants, num_warps, num_stages)
+        run = _runners[key] = _prepare(name, index, args, Compilation(constants, num_warps, num_stages, registers))
     return run
 
 
-def _prepare(
-    name: str, index: int, args: tuple[Any, ...], constants: tuple[Any, ...], num_warps: int, num_stages: int
-) -> Runner:
-    compiled = functools.cache(lambda: _jit(name, constants, num_warps, num_stages))
-    loaded = cubins.find(index, name, args, constants, num_warps, num_stages)
+def _prepare(name: str, index: int, args: tuple[Any, ...], how: Compilation) -> Runner:
+    compiled = functools.cache(lambda: _jit(name, how))
+    loaded = cubins.find(index, name, args, how)
     if loaded is None:
         return compiled()
     fire = loaded.fire
@@ -95,7 +106,7 @@ def _prepare(
     return run
 
 
-def _jit(name: str, constants: tuple[Any, ...], num_warps: int, num_stages: int) -> Runner:
+def _jit(name: str, how: Compilation) -> Runner:
     reason = device.no_compiler()
     if reason is not None:
         return _refusing(name, reason)
@@ -103,8 +114,8 @@ def _jit(name: str, constants: tuple[Any, ...], num_warps: int, num_stages: int)
 
     spec = KERNELS[name]
     kernel = getattr(importlib.import_module(f"clinfast.triton_kernels.{spec.module}"), name)
-    options = dict(zip(spec.constants, constants, strict=True))
-    options |= {"num_warps": num_warps, "num_stages": num_stages, **versions.JIT_OPTIONS}
+    options = dict(zip(spec.constants, how.constants, strict=True))
+    options |= versions.options(how.num_warps, how.num_stages, how.registers)
     tried = False
 
     def run(grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
@@ -135,26 +146,3 @@ def _refusing(name: str, reason: str) -> Runner:
         raise KernelUnavailable(f"the package has no {name} for this card and shape, and {reason}")
 
     return run
-
-
-@functools.cache
-def _announce(name: str, reason: str) -> None:
-    log.warning("clinfast: PyTorch serves %s where %s", name, reason)
-
-
-def or_torch(name: str) -> Callable[[Function], Function]:
-    """Where no kernel is to be had, the next backend serves the op `name`: said once, counted as its own."""
-
-    def wrap(function: Function) -> Function:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return function(*args, **kwargs)
-            except KernelUnavailable as reason:
-                _announce(name, str(reason))
-                calls[f"{name}[torch]"] += 1
-                return getattr(fallbacks, name)(*args, **kwargs)
-
-        return call  # type: ignore[return-value]
-
-    return wrap

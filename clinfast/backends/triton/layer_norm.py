@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from clinfast.backends.triton import checks, device
-from clinfast.backends.triton.launch import launch, or_torch
+from clinfast.backends.triton.launch import launch
 from clinfast.triton_kernels import configs
 
 MAX_HIDDEN = 8192
 
 
-@or_torch("layer_norm")
 def layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, shift: Tensor, eps: float) -> Tensor:
     return with_bias(x, residual, None, weight, shift, eps)
 

@@ -11,6 +11,7 @@ from clinfast.backends.torch import linear, scatter_in_blocks
 from clinfast.backends.triton import checks, device
 from clinfast.backends.triton.launch import KernelUnavailable, Matrix, launch
 from clinfast.ops.linear import ACTIVATIONS
+from clinfast.ops.registry import substitute
 from clinfast.triton_kernels import configs
 
 # The rows whose tiles `FixedLinear` takes.
@@ -45,8 +46,9 @@ class GpuLinear:
         if x.shape[0] and not self._stock and self._is_ours(activation):
             try:
                 return self.product(x, activation, residual)
-            except KernelUnavailable:
-                self._stock = True
+            except KernelUnavailable as reason:
+                self._stock, self.library = True, "cuBLAS"
+                substitute("linear", "torch", str(reason))
         return linear(x, self.weight, self.bias, activation, residual)
 
     def scatter(self, x: Tensor, rows: Tensor, out: Tensor) -> None:
@@ -74,14 +76,14 @@ class GpuLinear:
                 "linear_tma_kernel", grid,
                 (Matrix(x, (tiles.block_m, tiles.block_k)), Matrix(self.weight, (tiles.block_n, tiles.block_k)),
                  self._bias32, residual, Matrix(out, (tiles.block_m, tiles.block_n)), m, n, k, residual_row),
-                (*constants, "ieee"), tiles.num_warps, tiles.num_stages,
+                (*constants, "ieee"), tiles.num_warps, tiles.num_stages, tiles.registers,
             )  # fmt: skip
         else:
             launch(
                 "linear_kernel", grid,
                 (x, self.weight, self._bias32, residual, out, m, n, k, x.stride(0), self.weight.stride(0), residual_row,
                  n),
-                (*constants, k % tiles.block_k == 0, "ieee"), tiles.num_warps, tiles.num_stages,
+                (*constants, k % tiles.block_k == 0, "ieee"), tiles.num_warps, tiles.num_stages, tiles.registers,
             )  # fmt: skip
         return out
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from clinfast.backends.triton import checks
-from clinfast.backends.triton.launch import launch, or_torch
-from clinfast.triton_kernels.variants import PACK_BLOCK, PACK_TILES, pack_warps
+from clinfast.backends.triton import checks, cubins
+from clinfast.backends.triton import device as gpu
+from clinfast.backends.triton.launch import launch
+from clinfast.triton_kernels.variants import (
+    PACK_REGISTERS,
+    PACK_TILES,
+    POSITION_BLOCK,
+    SCAN_HEAD,
+    SCAN_TILES,
+    pack_warps,
+)
 
 INT32_MAX = 2**31 - 1
 ROWS, BLOCK = 8, 256
+_states = threading.local()
 
 
 def _mask(mask: Tensor, shape: torch.Size) -> None:
@@ -21,7 +33,6 @@ def _mask(mask: Tensor, shape: torch.Size) -> None:
         raise ValueError(f"pack: attention_mask has dtype {mask.dtype}; it must be bool or an integer dtype")
 
 
-@or_torch("pack")
 def pack(
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -52,33 +63,51 @@ def pack(
     mask = input_ids if attention_mask is None else attention_mask
     types = input_ids if token_type_ids is None else token_type_ids
     has_mask, has_types = int(attention_mask is not None), int(token_type_ids is not None)
-    sizes = (batch, seqlen, vocab_size, type_vocab_size, has_mask, has_types)
-    ids_strides, mask_strides, types_strides = input_ids.stride(), mask.stride(), types.stride()
-    tile = _tile(batch, seqlen)
+    flags = (has_mask, has_types, int(keep_padding))
+    strides = (*input_ids.stride(), *mask.stride(), *types.stride())
+    tile = tile_of(batch, seqlen)
     if tile is not None:
         launch(
             "pack_kernel", (1, 1, 1),
-            (input_ids, mask, types, cu_seqlens, indices, seqused_k, facts, *sizes, int(keep_padding), *ids_strides,
-             *mask_strides, *types_strides),
-            tile, pack_warps(*tile),
+            (input_ids, mask, types, cu_seqlens, indices, seqused_k, facts, batch, seqlen, vocab_size, type_vocab_size,
+             *flags, *strides),
+            tile, pack_warps(*tile), registers=PACK_REGISTERS,
         )  # fmt: skip
     else:
-        bad = torch.empty(3 * batch, dtype=torch.int32, device=device)
-        launch(
-            "pack_count_kernel", (batch, 1, 1),
-            (input_ids, mask, types, seqused_k, bad, *sizes, *ids_strides, *mask_strides, *types_strides),
-            (PACK_BLOCK,),
-        )  # fmt: skip
-        launch(
-            "pack_place_kernel", (batch, 1, 1),
-            (mask, seqused_k, bad, cu_seqlens, indices, facts, batch, seqlen, has_mask, int(keep_padding),
-             *mask_strides),
-            (PACK_BLOCK,),
+        scan(
+            (input_ids, mask, types, None, None, None, indices, cu_seqlens, seqused_k, facts),
+            (batch, seqlen, 0, 0, vocab_size, type_vocab_size, 0, 0, *flags, 0, *strides),
         )  # fmt: skip
     return cu_seqlens, indices, seqused_k, facts
 
 
-def _tile(batch: int, seqlen: int) -> tuple[int, int] | None:
+def scan(tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> None:
+    """`pack_scan_kernel`, with what it takes before and after its state."""
+    ids = tensors[0]
+    assert ids is not None
+    batch, seqlen = ids.shape
+    tile = next((t for t in SCAN_TILES if seqlen <= t[1]), SCAN_TILES[-1])
+    programs = max(1, checks.cdiv(batch, tile[0]))
+    with gpu.on(ids):
+        state = _state(ids, SCAN_HEAD + programs)
+        launch("pack_scan_kernel", (programs, 1, 1), (*tensors, state, *numbers), tile, registers=PACK_REGISTERS)
+
+
+def _state(like: Tensor, size: int) -> Tensor:
+    """Zeros, which the kernel leaves as zeros. Launches that may run at the same time must not share it: there is one a
+    thread and stream, and one a graph that the caller captures."""
+    if gpu.capturing():
+        return torch.zeros(size, dtype=torch.int64, device=like.device)
+    index = gpu.index_of(like)
+    key = (index, cubins.stream(index))
+    held: dict[Any, Tensor] = _states.__dict__
+    state = held.get(key)
+    if state is None or state.shape[0] < size:
+        state = held[key] = torch.zeros(max(1024, checks.power_of_two(size)), dtype=torch.int64, device=like.device)
+    return state
+
+
+def tile_of(batch: int, seqlen: int) -> tuple[int, int] | None:
     """The smallest tile that holds the batch, None where none does."""
     return next(((b, s) for b, s in PACK_TILES if batch <= b and seqlen <= s), None)
 
@@ -103,7 +132,6 @@ def _check_unpack(packed: Tensor, indices: Tensor, positions: int, dtype: torch.
         raise ValueError(f"unpack: positions is {positions}; it must lie between 0 and {INT32_MAX}")
 
 
-@or_torch("unpack")
 def prechecked(packed: Tensor, indices: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
     """For indices that `pack` made: ascending, or all positions once in any order."""
     _check_unpack(packed, indices, positions, dtype)
@@ -131,7 +159,6 @@ def _scatter(packed: Tensor, indices: Tensor, out: Tensor) -> None:
         )  # fmt: skip
 
 
-@or_torch("unpack")
 def unpack(packed: Tensor, indices: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
     """Any indices; waits for the device, to raise where one is outside."""
     _check_unpack(packed, indices, positions, dtype)
@@ -145,7 +172,6 @@ def unpack(packed: Tensor, indices: Tensor, positions: int, dtype: torch.dtype) 
     return out
 
 
-@or_torch("position_ids")
 def position_ids(input_ids: Tensor, padding_idx: int) -> Tensor:
     checks.ids("position_ids", "input_ids", input_ids)
     batch, seqlen = input_ids.shape
@@ -155,7 +181,7 @@ def position_ids(input_ids: Tensor, padding_idx: int) -> Tensor:
     if out.numel():
         launch(
             "position_ids_kernel", (batch, 1, 1), (input_ids, out, seqlen, padding_idx, *input_ids.stride()),
-            (PACK_BLOCK,),
+            (POSITION_BLOCK,),
         )  # fmt: skip
     return out
 

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from clinfast.backends.triton import checks
-from clinfast.backends.triton.launch import launch, or_torch
+from clinfast.backends.triton.launch import launch
 
 KINDS = ("first_token", "mean", "max")
 ROWS, BLOCK = 16, 128
 
 
-@or_torch("pooling")
 def prechecked(x: Tensor, cu_seqlens: Tensor, kind: str) -> Tensor:
     """For boundaries that `pack` made: their values are not looked at, which would wait for the device."""
     if kind not in KINDS:

@@ -22,10 +22,13 @@ class EagerExecutor:
         # On the CPU the product adds the residual while its result is in the cache, and the FFN is taken in slices that
         # stay there; a GPU's norm reads the residual as cheaply as an epilogue would, and leaves the library its best.
         self.adds_in_norm = self.whole_ffn = device != "cpu"
-        ops = ("pack", "position_ids", "embedding", "attention", "layer_norm", "unpack", "pooling")
+        ops = (
+            "pack", "position_ids", "embedding", "attention", "attention.first_token", "layer_norm", "unpack", "pooling"
+        )  # fmt: skip
         found = [registry.implementation(name, backend, device, prechecked=True) for name in ops]
         (
-            self.pack, self.position_ids, self.embedding, self.attention, self.layer_norm, self.unpack, self.pooling,
+            self.pack, self.position_ids, self.embedding, self.attention, self.first_token_attention, self.layer_norm,
+            self.unpack, self.pooling,
         ) = found  # fmt: skip
         if spec.relative_buckets:
             self.attention_biased = registry.implementation("attention_biased", backend, device, prechecked=True)
@@ -98,7 +101,7 @@ class EagerExecutor:
             q = layer.query(self._before(layer.attention_norm, first)).view(shape)
         rows = one_row_a_note(batch.batch, x.device)
         if layer.bias is None:
-            context = self.attention(q, k, v, rows, batch.cu_seqlens, batch.seqused_k, spec.scale)
+            context = self.first_token_attention(q, k, v, rows, batch.cu_seqlens, batch.seqused_k, spec.scale)
         else:
             context = self.attention_biased(
                 q, k, v, rows, batch.cu_seqlens, batch.seqused_k, spec.scale, layer.bias, _first_places(batch),

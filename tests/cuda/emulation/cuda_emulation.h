@@ -53,7 +53,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   dim3 thread;
   int rank = 0;
-  bool started = false, finished = true, waiting = false;
+  bool started = false, finished = true, waiting = false, after_earlier_grids = false;
   size_t shared_used = 0;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
@@ -189,7 +189,7 @@ inline void run_block(int threads, dim3 block) {
   for (int i = 0; i < threads; i++) {
     Fiber &fiber = *m.fibers[i];
     fiber.thread = dim3(i % block.x, i / block.x % block.y, i / (block.x * block.y));
-    fiber.finished = fiber.waiting = false;
+    fiber.finished = fiber.waiting = fiber.after_earlier_grids = false;
     fiber.shared_used = m.dynamic_bytes;
     fiber.open.clear();
     fiber.groups.clear();
@@ -202,6 +202,10 @@ inline void run_block(int threads, dim3 block) {
     first->started = true;
     setcontext(&first->context);
   }
+  if (outcome == 2)
+    for (int i = 0; i < threads; i++)
+      if (!m.fibers[i]->after_earlier_grids)
+        throw std::runtime_error("emulation: thread " + std::to_string(i) + " did not wait for earlier grids");
   if (outcome == 1) {
     for (auto &fiber : m.fibers) fiber->started = false, fiber->finished = true;
     throw std::runtime_error("emulation: " + m.error);

@@ -7,6 +7,8 @@
 namespace clinfast {
 namespace cuda {
 
+inline void after_earlier_grids() { emulation::machine.current->after_earlier_grids = true; }
+
 inline float exp2_approximate(float x) { return std::exp2(x); }
 
 inline float half_to_float(uint16_t bits) {

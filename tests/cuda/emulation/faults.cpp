@@ -5,10 +5,11 @@ namespace clinfast {
 namespace cuda {
 
 bool add_kernel(const void *, size_t) { return true; }
+bool programmatic_launch() { return false; }
 
 namespace {
 
-enum Fault { none, no_wait, no_barrier, no_barrier_after, some_threads, two_operations };
+enum Fault { none, no_wait, no_barrier, no_barrier_after, some_threads, two_operations, no_grid_wait };
 
 struct Args {
   const float *x;
@@ -18,6 +19,7 @@ struct Args {
 
 // y[i] = the sum of x[i ^ 32] over two rounds, through shared memory by cp.async.
 __global__ void exchange(const Args args) {
+  if (args.fault != no_grid_wait || threadIdx.x < 32) after_earlier_grids();
   CLINFAST_SHARED(float, tile, 64);
   const int i = threadIdx.x;
   float sum = 0;
@@ -58,6 +60,7 @@ struct Product {
 };
 
 __global__ void multiply(const Product args) {
+  after_earlier_grids();
   CLINFAST_SHARED(bfloat16, a, 256);
   CLINFAST_SHARED(bfloat16, b, 256);
   const int lane = threadIdx.x;

@@ -5,7 +5,7 @@ import torch
 from bert_models import Subject, ids, make, right_padded
 from engine_fakes import with_graphs
 from relatives import make as relative
-from transformers import RobertaConfig, RobertaForTokenClassification
+from transformers import RobertaConfig, RobertaForTokenClassification, XLMRobertaXLConfig, XLMRobertaXLModel
 
 import clinfast
 from clinfast.backends.triton import launch
@@ -83,6 +83,21 @@ def test_mpnet_counts_distances_in_columns(head):
     assert driver.replays == 1 and not graphs.op_by_op
 
 
+def test_norm_before_its_layer_and_an_embedding_without_one():
+    torch.manual_seed(0)
+    model = XLMRobertaXLModel(
+        XLMRobertaXLConfig(
+            vocab_size=97, hidden_size=64, num_attention_heads=2, num_hidden_layers=2, intermediate_size=96,
+            max_position_embeddings=64, pad_token_id=1,
+        )
+    ).eval()  # fmt: skip
+    subject = Subject(model)
+    mask = right_padded([18, 5])
+    subject.check(input_ids=torch.where(mask.bool(), ids(2, 18) % 90 + 3, 1), attention_mask=mask)
+    assert registry.calls["embedding[triton]"]
+    assert not {label for label in ran() if label.endswith("[torch]")}
+
+
 def test_an_id_out_of_range_raises_before_the_gather():
     subject = Subject(make("token"))
     batch = ids(2, 8)
@@ -125,5 +140,5 @@ def test_fp8_with_fused_quantisation(monkeypatch):
     driver, _ = with_graphs(model)
     plain = clinfast.optimize(make("token"), precision="fp8", backend="torch", strict=True)
     ours, expected = clinfast.verify(model, batch), clinfast.verify(plain, batch)
-    assert driver.replays == 1 and ours.ours_error > 2 * ours.stock_error
+    assert driver.replays == 1 and ours.passed and ours.ours_error > ours.stock_error / 2
     assert ours.ours_error <= 1.5 * expected.ours_error and ours.cosine > 0.95

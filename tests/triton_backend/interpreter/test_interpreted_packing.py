@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from helpers import offset_view
@@ -6,10 +8,12 @@ from hypothesis import strategies as st
 from test_packing import LAYOUTS, MASK_DTYPES, TYPES, VOCAB, assert_packs_alike, laid_out, unpack_case
 
 from clinfast.backends import torch as stock
+from clinfast.backends.triton import launch
 from clinfast.backends.triton import packing as backend
 from clinfast.backends.triton import packing_buffers as into
 from clinfast.ops import packing as op
 from clinfast.ops.packing import PackedBuffers
+from clinfast.triton_kernels.variants import SCAN_HEAD
 
 some = settings(max_examples=25, deadline=None)
 
@@ -37,13 +41,57 @@ def test_pack_any_batch(data):
 
 
 @pytest.mark.parametrize("keep_padding", [False, True])
-@pytest.mark.parametrize(("batch", "seqlen"), [(1, 1), (1, 512), (8, 100), (33, 40), (2, 1200), (32, 512)])
-def test_pack_in_one_launch_and_in_two(batch, seqlen, keep_padding):
+@pytest.mark.parametrize(
+    ("batch", "seqlen"),
+    [(1, 1), (1, 512), (8, 100), (33, 40), (2, 1200), (32, 512), (1, 3000), (700, 3), (0, 600), (40, 0)],
+)
+def test_pack_is_one_launch(batch, seqlen, keep_padding):
     g = torch.Generator().manual_seed(batch)
     ids = torch.randint(0, VOCAB, (batch, seqlen), generator=g)
     lengths = torch.randint(0, seqlen + 1, (batch, 1), generator=g)
+    before = launch.launches["jit"]
     for mask in (torch.arange(seqlen) < lengths, (torch.arange(seqlen) >= lengths).long(), None):
         assert_packs(ids, mask, None, VOCAB, TYPES, keep_padding)
+    assert launch.launches["jit"] == before + 3
+    assert not any(state.any() for state in backend._states.__dict__.values())
+
+
+def beside_each_other(shares, tensors, numbers, tile):
+    """One launch whose programs run in processes of their own, as many in each as `shares` says, at the same time."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    workers = []
+    for share in shares:
+        worker = os.fork()
+        if not worker:
+            code = 1
+            try:
+                builder.set_grid_dim = lambda *_: type(builder).set_grid_dim(builder, sum(shares), 1, 1)
+                launch.launch("pack_scan_kernel", (share, 1, 1), (*tensors, *numbers), tile)
+                code = 0
+            finally:
+                os._exit(code)
+        workers.append(worker)
+    assert not any(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) for worker in workers)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "tile", "shares", "keep_padding"),
+    [(61, 40, (8, 128), [3, 1, 4], 0), (61, 40, (8, 128), [4, 4], 1), (150, 12, (1, 32), [50, 20, 80], 0)],
+)
+def test_programs_at_the_same_time(batch, seqlen, tile, shares, keep_padding):
+    """They wait for one another in whatever order they come; the last batch reaches back beyond one window."""
+    g = torch.Generator().manual_seed(batch)
+    ids = torch.randint(-1, VOCAB, (batch, seqlen), generator=g)
+    mask = torch.rand(batch, seqlen, generator=g) < 0.5
+    expected = op.pack_reference(ids, mask, None, VOCAB, 0, bool(keep_padding))
+    ours = [torch.full_like(x, -7).share_memory_() for x in (expected[1], expected[0], expected[2], expected[3])]
+    state = torch.zeros(SCAN_HEAD + sum(shares), dtype=torch.int64).share_memory_()
+    numbers = (batch, seqlen, 0, 0, VOCAB, 0, 0, 0, 1, 0, keep_padding, 0, *ids.stride(), *mask.stride(), *ids.stride())
+    for _ in range(2):
+        beside_each_other(shares, (ids, mask, ids, None, None, None, *ours, state), numbers, tile)
+        assert_packs_alike((ours[1], ours[0], ours[2], ours[3]), expected)
+        assert not state.any()
 
 
 @pytest.mark.parametrize("shape", [(3, 40), (2, 700)])
@@ -117,9 +165,10 @@ def test_bad_arguments_are_named(call, message):
 def test_pack_into(data):
     """As PyTorch does it, on buffers with rows of an earlier batch; rows past the tokens may hold anything in range."""
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
-    buffers = [PackedBuffers.of(600, 32, torch.device("cpu")) for _ in range(2)]
+    buffers = [PackedBuffers.of(1200, 32, torch.device("cpu")) for _ in range(2)]
     for _ in range(2):
-        batch, seqlen = data.draw(st.sampled_from([(1, 1), (1, 300), (5, 17), (8, 60), (20, 21), (33, 11)]))
+        shapes = [(1, 1), (1, 300), (5, 17), (8, 60), (20, 21), (33, 11), (9, 64), (2, 590)]
+        batch, seqlen = data.draw(st.sampled_from(shapes))
         wide = data.draw(st.sampled_from([torch.int32, torch.int64]))
         layout = data.draw(st.sampled_from(LAYOUTS))
         ids = torch.randint(-1 if data.draw(st.booleans()) else 0, VOCAB, (batch, seqlen), generator=g, dtype=wide)
@@ -129,11 +178,13 @@ def test_pack_into(data):
             mask = laid_out((torch.rand(batch, seqlen, generator=g) < 0.6).to(torch.int64), layout, 1)
         padding_idx = data.draw(st.sampled_from([None, 1]))
         constants = op.PackInto(VOCAB, TYPES, 2, padding_idx, data.draw(st.booleans()))
-        notes = 64 if batch > 32 else data.draw(st.sampled_from([32, batch]))
+        notes = data.draw(st.sampled_from([64, 170])) if batch > 32 else data.draw(st.sampled_from([32, batch]))
         if notes > 32:
-            buffers = [PackedBuffers.of(600, 64, torch.device("cpu")) for _ in range(2)]
-        args = (laid_out(ids, layout, VOCAB), mask, types, constants, 512, notes)
+            buffers = [PackedBuffers.of(1200, 200, torch.device("cpu")) for _ in range(2)]
+        args = (laid_out(ids, layout, VOCAB), mask, types, constants, 1190, notes)
+        before = launch.launches["jit"]
         into.pack_into(*args, buffers[0])
+        assert launch.launches["jit"] <= before + 1
         stock.pack_into(*args, buffers[1])
         tokens = int(buffers[1].facts[0])
         for name in ("cu_seqlens", "seqused_k", "facts"):

@@ -109,6 +109,18 @@ def test_embedding(dtype, batch, seqlen, hidden):
         assert torch.equal(embedding_backend.prechecked(*args), embedding.embedding(*args))
 
 
+@pytest.mark.parametrize("hidden", [1, 384])
+def test_embedding_without_a_layer_norm_is_the_sum(dtype, hidden):
+    for table, placed, out in ((True, True, torch.float32), (False, False, dtype)):
+        args = embeddings.case(2, 9, hidden, dtype, table=table, out=out, placed=placed)
+        args[7] = args[8] = None
+        tables = [None if a is None else a.float() for a in args[4:7]]
+        assert torch.equal(embedding.embedding(*args), embedding.reference(*args[:4], *tables, *args[7:]))
+    args[7] = torch.ones(hidden)
+    with pytest.raises(ValueError, match="one of weight and shift is None"):
+        embedding.embedding(*args)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
