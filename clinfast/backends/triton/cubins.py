@@ -48,8 +48,9 @@ def _open() -> tuple[ModuleType | None, str | None]:
 
 @functools.cache
 def archive(of_class: int) -> tuple[zipfile.ZipFile, dict[str, Any]] | None:
+    """The cubins of a device class; None where the package has none, or CLINFAST_CUBINS=0 leaves all to Triton."""
     path = FOLDER / f"sm_{of_class}.zip"
-    if not path.exists():
+    if not path.exists() or os.environ.get("CLINFAST_CUBINS") == "0":
         return None
     opened = zipfile.ZipFile(path)
     return opened, json.loads(opened.read("manifest.json"))["kernels"]
