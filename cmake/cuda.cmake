@@ -65,8 +65,11 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13.0)
   target_compile_options(_C PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--compress-mode=size>)
 endif()
 
-# The Hopper product needs CUTLASS's headers: CLINFAST_CUTLASS names the folder that holds include/, or they come from
-# the Python package nvidia-cutlass.
+# The products of our own need CUTLASS's headers: CLINFAST_CUTLASS (variable or environment) names the folder that holds
+# include/, or they come from the Python package nvidia-cutlass.
+if(NOT CLINFAST_CUTLASS)
+  set(CLINFAST_CUTLASS "$ENV{CLINFAST_CUTLASS}")
+endif()
 if(NOT CLINFAST_CUTLASS)
   execute_process(
     COMMAND ${Python_EXECUTABLE} -c

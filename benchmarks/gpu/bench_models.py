@@ -18,6 +18,9 @@ from card_monitor import Monitor
 from gpu_timing import NO_GPU, copy_bytes_per_second, matmul_flops_per_second, milliseconds
 from model_cases import MODELS, cells, compiled, first_tensor, flops, inputs, model, varlen
 
+from clinfast import patch
+from clinfast.rounded import rounded_stock
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=NO_GPU or "")]
 ROUNDS, CALLS = 9, 10
 OURS = "clinfast"
@@ -42,7 +45,9 @@ def contenders(name: str) -> dict[str, Any]:
             continue
         try:
             found[label] = clinfast.optimize(copy.deepcopy(stock), inference_only=True, strict=True, **options)
-        except clinfast.Unsupported as refusal:
+        except Exception as refusal:
+            if label == OURS:
+                raise
             found[label] = str(refusal)
     try:
         found["varlen"] = "its heads are left out" if name == "distilbert-qa" else varlen(stock)
@@ -65,12 +70,15 @@ def real_rows(output: Any, mask: torch.Tensor) -> torch.Tensor:
 def hold_to_budget(
     label: str, call: Callable[..., Any], stock: Any, exact: Any, batch: dict[str, torch.Tensor]
 ) -> float:
-    """Root mean square error relative to the result's; at most twice eager's own, fp8's within one of its steps."""
+    """Root mean square error relative to the result's; at most twice eager's own, fp8's that of eager in fp8."""
     mask = batch["attention_mask"]
     truth = real_rows(exact(**batch), mask)
     size = truth.square().mean().sqrt()
+    if label.endswith("fp8"):
+        ((_, _, forward),) = patch.find_patched(call)
+        stock = rounded_stock(call, forward.encoder)
     ours, eager = ((real_rows(c(**batch), mask) - truth).square().mean().sqrt() / size for c in (call, stock))
-    budget = 0.125 if label.endswith("fp8") else 2 * eager.item() + 2.0**-9
+    budget = 2 * eager.item() + 2.0**-9
     assert ours.item() <= budget, f"{label}: error {ours.item():.2e}, budget {budget:.2e}"
     return ours.item()
 
@@ -91,8 +99,15 @@ def bench_model(benchmark, running, cell):
     missing = {label: c for label, c in found.items() if isinstance(c, str)}
     calls: dict[str, Callable[..., Any]] = {label: c for label, c in found.items() if not isinstance(c, str)}
     exact = copy.deepcopy(found["eager"]).double()
-    errors, times = {}, {label: ([], []) for label in calls}  # type: ignore[var-annotated]
+    errors: dict[str, float] = {}
     with torch.inference_mode():
+        for label in [label for label in calls if not label.startswith(OURS) and label != "eager"]:
+            try:
+                calls[label](**few if label != "compile" else batch)
+            except Exception as error:  # a peer that does not run here is left out by name
+                missing[label] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                del calls[label]
+        times = {label: ([], []) for label in calls}
         for label, call in calls.items():
             # torch.compile is held to it on the whole batch, lest it compile for one shape more.
             errors[label] = hold_to_budget(label, call, found["eager"], exact, batch if label == "compile" else few)

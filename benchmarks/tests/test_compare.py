@@ -169,3 +169,79 @@ def test_card_monitor(monkeypatch):
     with card_monitor.Monitor() as seen:
         seen._thread.join(5)
     assert seen.summary()["samples"] == 2
+
+
+def test_host_time_until_the_launch(monkeypatch):
+    """On a stand-in for the device: the launches are seen, the results are the same, and the graphs come back."""
+    sys.path.insert(0, str(ROOT / "tests" / "engine"))
+    import host_work
+    from engine_fakes import with_graphs
+    from transformers import BertConfig, BertModel
+
+    import clinfast
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 96}
+    model = clinfast.optimize(BertModel(BertConfig(vocab_size=20000, **sizes)).eval(), strict=True)
+    batch = model_cases.inputs([9], "cpu")
+    driver, graphs = with_graphs(model)
+    with torch.no_grad():
+        expected = model(**batch).last_hidden_state
+        replays, waits = driver.replays, []
+        found = host_work.until_launch(graphs, lambda: model(**batch), lambda: waits.append(1), calls=20)
+        assert driver.replays == replays + 20 == replays + len(waits)
+        assert 0 < found["median"] <= found["p90"]
+        assert torch.equal(model(**batch).last_hidden_state, expected)
+        assert all(type(c.graph) is not host_work._Timed for lane in graphs.pool.lanes for c in lane.graphs.values())
+        with pytest.raises(RuntimeError, match="launched no graph"):
+            host_work.until_launch(graphs, lambda: None, lambda: None, calls=1)
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    """gpu-check on a card that there is not, with stages that do nothing; what they answer, and which ran."""
+    answers, ran = {name: 0 for name in gpu_check.STAGES}, []
+
+    def stage(name):
+        return lambda: ran.append(name) or {"status": answers[name], "tail": f"the end of {name}"}
+
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "gpu_reason", lambda: None)
+    monkeypatch.setattr(gpu_check, "environment", lambda: {"card": "NVIDIA H200", "commit": "0123456789abcdef"})
+    monkeypatch.setattr(gpu_check, "STAGES", {name: stage(name) for name in gpu_check.STAGES})
+
+    def run(*arguments):
+        ran.clear()
+        monkeypatch.setattr(sys, "argv", ["gpu-check", *arguments])
+        return gpu_check.main(), list(ran)
+
+    return answers, run
+
+
+def test_a_stage_that_fails_does_not_keep_the_others_from_running(check, capsys):
+    answers, run = check
+    answers["sanitizer"] = 1
+    status, ran = run("--stages", ",".join(gpu_check.STAGES))
+    assert status == 1 and ran == list(gpu_check.STAGES)
+    said = capsys.readouterr().out
+    assert "the end of sanitizer" in said and "gpu-check: failed: sanitizer; results: " in said
+    answers["sanitizer"] = 0
+    assert run("--stages", ",".join(gpu_check.STAGES)) == (0, ["sanitizer"])  # what had passed is not done again
+
+
+def test_without_a_build_nothing_else_is_tried(check, capsys):
+    answers, run = check
+    answers["build"] = 2
+    assert run("--stages", ",".join(gpu_check.STAGES)) == (1, ["environment", "build"])
+    assert "build failed with status 2" in capsys.readouterr().out
+
+
+def test_packages_that_are_not_there_are_named_before_anything_runs(check, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_check, "REQUIRED", ("torch", "no_such_package"))
+    assert check[1]("--stages", "build") == (1, [])
+    assert "has no no_such_package; install them" in capsys.readouterr().out
+
+
+def test_folders_of_the_gpu_stages_hold_all_tests_marked_gpu():
+    marked = [f for f in (ROOT / "tests").rglob("test_*.py") if re.search(r"mark\.gpu\b", f.read_text())]
+    machine = (ROOT / "tests" / "cuda").rglob("test_*.py")  # by their fixture
+    assert {f.relative_to(ROOT).parts[1] for f in (*marked, *machine)} == {"cuda", "gpu"}

@@ -103,6 +103,7 @@ def test_the_engine_takes_it_in_the_last_layer_of_a_first_token_head(backend_eve
     with torch.inference_mode():
         expected = model(ids).logits
         clinfast.optimize(model, backend="cuda", strict=True)
+        encoder_of(model).graphs = None  # whose replays count nothing
         before = registry.calls.copy()
         ours = model(ids).logits
     layers = encoder_of(model).spec.num_layers

@@ -53,6 +53,44 @@ def test_in_a_graph():
     assert torch.equal(captured, expected)
 
 
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_programmatic_launch_gives_the_same_bits(in_graph):
+    """Chains whose kernels write to what the one before still reads, and others' kernels among them."""
+    if native.capability(0) < (9, 0):
+        pytest.skip("programmatic dependent launch is for compute capability 9.0 and later")
+    args, kernels = arguments(), native.on(0)
+    weight, shift = torch.randn(2, 256, device="cuda")
+    matrix = torch.randn(256, 256, device="cuda", dtype=torch.float16) / 16
+    x, rows = args[0].flatten(1).clone(), args[3]
+
+    def chain():
+        y = x
+        for _ in range(12):
+            y = layer_norm(y, x, weight, shift, 1e-5)
+            y = gelu(y @ matrix, shift)  # cuBLAS between ours
+            q = y.view(-1, 4, 64)
+            y = attention.prechecked(q, q, q, rows, rows, None, 0.125).flatten(1)
+            y.add_(1)
+            z = layer_norm(y, None, weight, shift, 1e-5)
+            del y  # its memory goes to the next result
+            y = layer_norm(z, x, weight, shift, 1e-5)
+        return y
+
+    expected = chain()
+    kernels.set_programmatic_launch(True)
+    try:
+        run = chain
+        if in_graph:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = chain()
+            run = lambda: graph.replay() or captured  # noqa: E731
+        for _ in range(50):
+            assert torch.equal(run(), expected)
+    finally:
+        kernels.set_programmatic_launch(native.wants_programmatic_launch())
+
+
 def test_on_another_device_than_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU only")

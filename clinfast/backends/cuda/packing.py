@@ -139,7 +139,10 @@ def position_ids(input_ids: Tensor, padding_idx: int) -> Tensor:
 
 
 def _addresses(buffers: PackedBuffers) -> list[int]:
-    return list(map(Tensor.data_ptr, buffers))
+    """Kept with them: they do not move."""
+    addresses = list(map(Tensor.data_ptr, buffers))
+    buffers.facts.clinfast_addresses = addresses  # type: ignore[attr-defined]
+    return addresses
 
 
 def pack_into(
@@ -151,8 +154,8 @@ def pack_into(
     notes: int,
     buffers: PackedBuffers,
 ) -> None:
-    """One launch, two for a batch of thousands of positions. The engine's own inputs: their shapes and dtypes were looked
-    at, and so were the sizes of the buffers."""
+    """One launch, two for a batch of thousands of positions. The engine's own inputs: their shapes and dtypes, and the
+    sizes of the buffers, were looked at."""
     (batch, seqlen), device = input_ids.shape, input_ids.get_device()
     vocab_size, type_vocab_size, position_offset, padding_idx, keep_padding = constants
     mask = mask_bytes = mask_row = mask_column = types = types_bytes = types_row = types_column = room = 0
@@ -168,7 +171,10 @@ def pack_into(
     if kernels.pack_into_counts_first(batch * seqlen):
         counts = torch.empty(2 * batch, dtype=torch.int32, device=input_ids.device)
         room = counts.data_ptr()
-    out_ids, out_types, out_positions, indices, cu_seqlens, seqused_k, facts = _addresses(buffers)
+    addresses = getattr(buffers.facts, "clinfast_addresses", None)
+    if addresses is None:
+        addresses = _addresses(buffers)
+    out_ids, out_types, out_positions, indices, cu_seqlens, seqused_k, facts = addresses
     ids_row, ids_column = input_ids.stride()
     kernels.pack_into(
         mask, input_ids.data_ptr(), types, mask_row, mask_column, ids_row, ids_column, types_row, types_column,

@@ -31,6 +31,8 @@ from clinfast.ops.packing import PackedBuffers, PackInto
 log = logging.getLogger("clinfast")
 # Up to so many positions, padding is cheaper to compute than its share is to ask for.
 UNASKED_POSITIONS = 256
+# Sizes of batches whose buckets are remembered.
+MAX_KEYS = 4096
 # A capture forbids others on the device to be begun, not work.
 _capturing = threading.Lock()
 
@@ -51,6 +53,17 @@ class GraphExecutor:
         )
         self._pack_into = registry.implementation("pack.into", executor.backend, executor.device)
         self.op_by_op: dict[str, int] = {}
+        self._keys: dict[tuple[int, int], Bucket | None] = {}
+
+    def _bucket(self, tokens: int, batch: int) -> Bucket | None:
+        """`bucket`, remembered."""
+        try:
+            return self._keys[tokens, batch]
+        except KeyError:
+            if len(self._keys) >= MAX_KEYS:
+                self._keys.clear()
+            key = self._keys[tokens, batch] = bucket(tokens, batch)
+            return key
 
     def run(
         self,
@@ -76,7 +89,7 @@ class GraphExecutor:
         batch, seqlen = ids.shape
         positions = batch * seqlen
         if batch == 1 or positions <= UNASKED_POSITIONS or mask is None or self.padding == "keep":
-            key = bucket(positions, batch)
+            key = self._bucket(positions, batch)
         else:
             if bucket(1, batch) is None:
                 self._without("a batch beyond the largest graph")
@@ -84,7 +97,7 @@ class GraphExecutor:
             tokens = self._tokens(request, settle)
             if not tokens:
                 return None
-            key = bucket(tokens, batch)
+            key = self._bucket(tokens, batch)
         if key is None:
             self._without("a batch beyond the largest graph")
             return None
