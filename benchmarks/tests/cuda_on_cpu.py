@@ -113,7 +113,8 @@ def emulate() -> None:
 def pytest_configure(config: Any) -> None:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-    BenchmarkFixture.pedantic = lambda self, target, **_: target()
+    pedantic = BenchmarkFixture.pedantic
+    BenchmarkFixture.pedantic = lambda self, target, **_: pedantic(self, target)
     install()
 
 

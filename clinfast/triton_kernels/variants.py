@@ -6,7 +6,9 @@ looks up among the cubins of the package.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from clinfast.triton_kernels import configs
@@ -124,6 +126,12 @@ KERNELS = {
         matrix=True,
     ),
 }
+
+
+def sources() -> str:
+    """A digest of the kernels' source: cubins of other sources are not launched."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 class Variant(NamedTuple):
