@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clinfast.ops.attention_disentangled import places, position_scores, rows_of
 from clinfast.ops.linear import activate
 from clinfast.ops.packing import PackedBuffers, PackInto
 
@@ -246,12 +247,56 @@ def attention(
     return out
 
 
+# Queries whose position scores are in memory at a time.
+SCORED_ROWS = 256
+
+
+def attention_disentangled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position_keys: Tensor | None,
+    position_queries: Tensor | None,
+    buckets: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor | None,
+    q_places: Tensor | None,
+    k_places: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Note by note, the position scores as the mask of scaled_dot_product_attention."""
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    queries, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for note in range(len(queries) - 1):
+        theirs = slice(keys[note], keys[note + 1] if seqused_k is None else keys[note] + int(seqused_k[note]))
+        if theirs.start == theirs.stop:
+            continue
+        own = slice(queries[note], queries[note + 1])
+        q_all, k_all = places(q_places, own, q.device), places(k_places, theirs, q.device)
+        for first in range(own.start, own.stop, SCORED_ROWS):
+            some = slice(first, min(first + SCORED_ROWS, own.stop))
+            at = rows_of(buckets, q_all[some.start - own.start : some.stop - own.start], k_all)
+            # Only rows that these distances reach are multiplied.
+            low, high = int(at.min()), int(at.max()) + 1
+            tables = (None if t is None else t[:, low:high] for t in (position_keys, position_queries))
+            scores = position_scores(q[some], k[theirs], *tables, at - low)
+            mask = (scores * scale)[None] if isinstance(scores, Tensor) else None
+            found = functional.scaled_dot_product_attention(
+                q[some].transpose(0, 1)[None], k[theirs].transpose(0, 1)[None], v[theirs].transpose(0, 1)[None],
+                attn_mask=mask, scale=scale,
+            )  # fmt: skip
+            out[some] = found[0].transpose(0, 1)
+    return out
+
+
 def implementations() -> dict[str, Callable[..., Any]]:
     from clinfast.backends import fp8  # which has this module's functions in it
 
     return {
         **fp8.IMPLEMENTATIONS,
         "attention": attention,
+        "attention_disentangled": attention_disentangled,
         "embedding": embedding,
         "gelu": gelu,
         "layer_norm": layer_norm,

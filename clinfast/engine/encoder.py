@@ -39,6 +39,11 @@ class Encoder:
         self.refs = [
             match.parameters[name] for name in self.spec.parameter_names() + self.head.parameter_names()
         ]
+        if padding == "keep" and self.spec.disentangled is not None:
+            raise Unsupported(
+                f"padding='keep' is not served for {self.spec.family}, whose stock forward lets padded positions look at "
+                "everything; pass padding='remove'"
+            )
         first = self.refs[0].tensor()
         if first.device.type not in SERVED:
             raise Unsupported(f"the model is on {first.device}; models on {' and '.join(SERVED)} are served")

@@ -27,6 +27,11 @@ class PackedBatch(NamedTuple):
     seqlen: int
     position_ids: Tensor | None = None
 
+    @property
+    def places(self) -> Tensor:
+        """[T] int32: each token's column, from some start of its note's own."""
+        return self.indices if self.position_ids is None else self.position_ids.view(-1)
+
 
 def pack(
     request: Request, spec: EncoderSpec, op: Callable[..., Any], *, keep_padding: bool, first_token: bool

@@ -27,18 +27,22 @@ class EagerExecutor:
         (
             self.pack, self.position_ids, self.embedding, self.attention, self.layer_norm, self.unpack, self.pooling,
         ) = found  # fmt: skip
+        if spec.disentangled is not None:
+            self.attention_disentangled = registry.implementation(
+                "attention_disentangled", backend, device, prechecked=True
+            )
 
     def all_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
         """[T, H] for all packed tokens."""
         x = self._whole_layers(weights, self._embed(weights, request, batch), batch)
         if weights.last is not None:
-            x = self._layer(weights.last, x, batch)
+            x = self._layer(weights, weights.last, x, batch)
         return self._final_norm(weights, x)
 
     def first_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
         """[B, H]: one row a note; the last layer works on those rows alone."""
         x = self._whole_layers(weights, self._embed(weights, request, batch), batch)
-        x = self.first_token(x, batch) if weights.last is None else self._first_rows(weights.last, x, batch)
+        x = self.first_token(x, batch) if weights.last is None else self._first_rows(weights, weights.last, x, batch)
         return self._final_norm(weights, x)
 
     def first_token(self, x: Tensor, batch: PackedBatch) -> Tensor:
@@ -62,10 +66,10 @@ class EagerExecutor:
 
     def _whole_layers(self, weights: PackedWeights, x: Tensor, batch: PackedBatch) -> Tensor:
         for layer in weights.layers:
-            x = self._layer(layer, x, batch)
+            x = self._layer(weights, layer, x, batch)
         return x
 
-    def _layer(self, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
+    def _layer(self, weights: PackedWeights, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
         shape = (x.shape[0], -1, self.spec.num_heads, self.spec.head_dim)
         h = self._before(layer.attention_norm, x)
         if layer.qkv is not None:
@@ -73,10 +77,12 @@ class EagerExecutor:
         else:
             assert layer.query is not None and layer.key_value is not None
             q, (k, v) = layer.query(h).view(shape)[:, 0], layer.key_value(h).view(shape).unbind(1)
-        context = self.attention(q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.seqused_k, self.spec.scale)
+        context = self._attend(weights, layer, q, k, v, batch.cu_seqlens, batch.places, batch)
         return self._after_attention(layer, context, x)
 
-    def _first_rows(self, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
+    def _first_rows(
+        self, weights: PackedWeights, layer: PackedLayer, x: Tensor, batch: PackedBatch
+    ) -> Tensor:
         spec = self.spec
         shape = (-1, spec.num_heads, spec.head_dim)
         h, first = self._before(layer.attention_norm, x), self.first_token(x, batch)
@@ -89,8 +95,32 @@ class EagerExecutor:
             k, v = layer.key_value(h).view(-1, 2, *shape[1:]).unbind(1)
             q = layer.query(self._before(layer.attention_norm, first)).view(shape)
         rows = one_row_a_note(batch.batch, x.device)
-        context = self.attention(q, k, v, rows, batch.cu_seqlens, batch.seqused_k, spec.scale)
+        places = None
+        if spec.disentangled is not None:  # a note without rows may begin behind the last one
+            places = batch.places[batch.cu_seqlens[:-1].clamp(max=batch.tokens - 1).long()]
+        context = self._attend(weights, layer, q, k, v, rows, places, batch)
         return self._after_attention(layer, context, first)
+
+    def _attend(
+        self,
+        weights: PackedWeights,
+        layer: PackedLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        places: Tensor | None,
+        batch: PackedBatch,
+    ) -> Tensor:
+        context: Tensor
+        if weights.buckets is None:
+            context = self.attention(q, k, v, cu_seqlens_q, batch.cu_seqlens, batch.seqused_k, self.spec.scale)
+        else:
+            context = self.attention_disentangled(
+                q, k, v, layer.position_keys, layer.position_queries, weights.buckets, cu_seqlens_q, batch.cu_seqlens,
+                batch.seqused_k, places, batch.places, self.spec.scale,
+            )  # fmt: skip
+        return context
 
     def _after_attention(self, layer: PackedLayer, context: Tensor, x: Tensor) -> Tensor:
         return self._ffn(layer, self._add_norm(layer.attention_output, context.view(x.shape), x, layer.attention_norm))
