@@ -66,11 +66,12 @@ void check_used(const int32_t *seqused_k, const int32_t *cu_seqlens_k, int64_t b
   }
 }
 
-void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t q_token_stride, int64_t q_head_stride,
-               int64_t k_token_stride, int64_t k_head_stride, int64_t v_token_stride, int64_t v_head_stride,
-               int64_t out_token_stride, int64_t out_head_stride, uintptr_t cu_seqlens_q, uintptr_t cu_seqlens_k,
-               uintptr_t seqused_k, int64_t batch, int64_t num_heads, int64_t head_dim, float scale, int dtype,
-               int num_threads, int64_t q_tokens, int64_t k_tokens) {
+void attention_biased(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t q_token_stride,
+                      int64_t q_head_stride, int64_t k_token_stride, int64_t k_head_stride, int64_t v_token_stride,
+                      int64_t v_head_stride, int64_t out_token_stride, int64_t out_head_stride, uintptr_t cu_seqlens_q,
+                      uintptr_t cu_seqlens_k, uintptr_t seqused_k, int64_t batch, int64_t num_heads, int64_t head_dim,
+                      float scale, int dtype, int num_threads, int64_t q_tokens, int64_t k_tokens, uintptr_t bias,
+                      int64_t bias_reach, uintptr_t q_places, uintptr_t k_places) {
   const AttentionArgs args{pointer<void>(q),
                            pointer<void>(k),
                            pointer<void>(v),
@@ -91,12 +92,26 @@ void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t q_t
                            head_dim,
                            scale,
                            DType(dtype),
-                           num_threads};
+                           num_threads,
+                           pointer<float>(bias),
+                           bias_reach,
+                           pointer<int32_t>(q_places),
+                           pointer<int32_t>(k_places)};
   check_boundaries("cu_seqlens_q", args.cu_seqlens_q, batch, q_tokens);
   check_boundaries("cu_seqlens_k", args.cu_seqlens_k, batch, k_tokens);
   check_used(args.seqused_k, args.cu_seqlens_k, batch);
   py::gil_scoped_release release;
   kernels().attention(args);
+}
+
+void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t q_token_stride, int64_t q_head_stride,
+               int64_t k_token_stride, int64_t k_head_stride, int64_t v_token_stride, int64_t v_head_stride,
+               int64_t out_token_stride, int64_t out_head_stride, uintptr_t cu_seqlens_q, uintptr_t cu_seqlens_k,
+               uintptr_t seqused_k, int64_t batch, int64_t num_heads, int64_t head_dim, float scale, int dtype,
+               int num_threads, int64_t q_tokens, int64_t k_tokens) {
+  attention_biased(q, k, v, out, q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride,
+                   v_head_stride, out_token_stride, out_head_stride, cu_seqlens_q, cu_seqlens_k, seqused_k, batch,
+                   num_heads, head_dim, scale, dtype, num_threads, q_tokens, k_tokens, 0, 0, 0, 0);
 }
 
 void layer_norm(uintptr_t x, uintptr_t residual, uintptr_t bias, uintptr_t weight, uintptr_t shift, uintptr_t out,
@@ -209,11 +224,11 @@ void linear_pack(uintptr_t weight, int64_t stride, int64_t in_features, int64_t 
 void encoder(uintptr_t layers, uintptr_t x, uintptr_t workspace, uintptr_t cu_seqlens, uintptr_t seqused_k,
              int64_t num_layers, int64_t tokens, int64_t batch, int64_t num_heads, int64_t head_dim,
              int64_t intermediate, float scale, float eps, int activation, bool pre_norm, int dtype, int table,
-             int num_threads) {
+             int num_threads, uintptr_t bias, int64_t bias_reach, uintptr_t places) {
   const EncoderArgs args{pointer<LayerWeights>(layers), pointer<void>(x), pointer<void>(workspace),
                          pointer<int32_t>(cu_seqlens), pointer<int32_t>(seqused_k), num_layers, tokens, batch,
                          num_heads, head_dim, intermediate, scale, eps, Activation(activation), pre_norm,
-                         DType(dtype), num_threads};
+                         DType(dtype), num_threads, pointer<float>(bias), bias_reach, pointer<int32_t>(places)};
   py::gil_scoped_release release;
   table_of(table)->encoder(args);
 }
@@ -235,6 +250,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("select_isa", &select_isa, "Use the kernels of this instruction set; '' chooses the widest.");
   m.def("available_isas", &isas);
   m.def("attention", &attention);
+  m.def("attention_biased", &attention_biased);
   m.def("layer_norm", &layer_norm);
   m.def("embedding", &embedding);
   m.def("gelu", &gelu);

@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 
 from clinfast.ops import registry
+from clinfast.ops.attention_biased import places_of
 
 
 def reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    position_keys: Tensor | None,
-    position_queries: Tensor | None,
-    buckets: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     seqused_k: Tensor | None,
-    q_places: Tensor | None,
-    k_places: Tensor | None,
     scale: float,
+    position_keys: Tensor | None,
+    position_queries: Tensor | None,
+    buckets: Tensor,
+    q_places: Tensor | None = None,
+    k_places: Tensor | None = None,
 ) -> Tensor:
     queries, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
@@ -35,22 +36,18 @@ def reference(
             end = begin + int(seqused_k[note])
         own, theirs = slice(queries[note], queries[note + 1]), slice(begin, end)
         if begin < end:
-            at = rows_of(buckets, places(q_places, own, q.device), places(k_places, theirs, q.device))
+            at = rows_of(buckets, places_of(own, q_places), places_of(theirs, k_places))
             scores = torch.einsum("qhd,khd->hqk", q[own], k[theirs])
             scores = scores + position_scores(q[own], k[theirs], position_keys, position_queries, at)
             out[own] = torch.einsum("hqk,khd->qhd", (scores * scale).softmax(-1), v[theirs])
     return out
 
 
-def places(given: Tensor | None, rows: slice, device: torch.device) -> Tensor:
-    return torch.arange(rows.stop - rows.start, device=device) if given is None else given[rows]
-
-
 def rows_of(buckets: Tensor, q_places: Tensor, k_places: Tensor) -> Tensor:
     """[Q, K] int64: the row of the tables that each pair reads."""
     reach = buckets.shape[0] // 2
-    distance = (q_places[:, None] - k_places[None, :]).clamp(-reach, reach)
-    return buckets[(distance + reach).long()].long()
+    distance = q_places.to(buckets.device)[:, None] - k_places.to(buckets.device)[None, :]
+    return buckets[distance.clamp_(-reach, reach) + reach].long()
 
 
 def position_scores(
@@ -71,15 +68,15 @@ def fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    position_keys: Tensor | None,
-    position_queries: Tensor | None,
-    buckets: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     seqused_k: Tensor | None,
-    q_places: Tensor | None,
-    k_places: Tensor | None,
     scale: float,
+    position_keys: Tensor | None,
+    position_queries: Tensor | None,
+    buckets: Tensor,
+    q_places: Tensor | None = None,
+    k_places: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(q.shape)
 
@@ -87,9 +84,9 @@ def fake(
 _run = registry.define(
     registry.Op(
         "attention_disentangled",
-        "(Tensor q, Tensor k, Tensor v, Tensor? position_keys, Tensor? position_queries, Tensor buckets, "
-        "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, Tensor? q_places, Tensor? k_places, "
-        "float scale) -> Tensor",
+        "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, float scale, "
+        "Tensor? position_keys, Tensor? position_queries, Tensor buckets, Tensor? q_places=None, Tensor? k_places=None) "
+        "-> Tensor",
         reference,
         fake,
     )
@@ -100,15 +97,15 @@ def attention_disentangled(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    position_keys: Tensor | None,
-    position_queries: Tensor | None,
-    buckets: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     seqused_k: Tensor | None,
-    q_places: Tensor | None,
-    k_places: Tensor | None,
     scale: float,
+    position_keys: Tensor | None,
+    position_queries: Tensor | None,
+    buckets: Tensor,
+    q_places: Tensor | None = None,
+    k_places: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * (q k^T + q position_keys[r]^T + k position_queries[r]^T)) v, each query over the keys of its note.
 
@@ -117,13 +114,14 @@ def attention_disentangled(
     Args:
         q: [Tq, heads, head_dim], fp32 or bf16, last dimension contiguous, head_dim 1 to 256.
         k, v: [Tk, heads, head_dim], like `q`; all three may be views into one packed QKV tensor.
+        cu_seqlens_q, cu_seqlens_k: [B + 1] int32, contiguous, from 0 to Tq and Tk, never decreasing.
+        seqused_k: [B] int32 or None; note b attends to its first seqused_k[b] keys only.
+        scale: factor on the sum of the three.
         position_keys, position_queries: [heads, R, head_dim] contiguous, in the dtype of `q`; None leaves the term out.
         buckets: [2 D + 1] int32, contiguous: the row of the tables for the distances -D to D, never decreasing; what is
             further away reads the nearer end.
-        cu_seqlens_q, cu_seqlens_k: [B + 1] int32, contiguous, from 0 to Tq and Tk, never decreasing.
-        seqused_k: [B] int32 or None; note b attends to its first seqused_k[b] keys only.
-        q_places, k_places: [Tq] and [Tk] int32, rising within a note; None is a row's rank in its note.
-        scale: factor on the sum of the three.
+        q_places, k_places: [Tq] and [Tk] int32, contiguous, rising within a note; None is a row's rank in its note. Only
+            differences within a note count. Places that are not consecutive are slower.
 
     Returns:
         [Tq, heads, head_dim], contiguous, in the dtype of `q`; zeros for queries without keys.
@@ -132,8 +130,8 @@ def attention_disentangled(
         ValueError: a shape, dtype, stride, or boundaries that the kernels do not take.
     """
     return torch.ops.clinfast.attention_disentangled(
-        q, k, v, position_keys, position_queries, buckets, cu_seqlens_q, cu_seqlens_k, seqused_k, q_places, k_places,
-        scale,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale, position_keys, position_queries, buckets, q_places,
+        k_places,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct Scratch {
-  float *keys, *values, *queries, *scores, *weights, *out, *maximum, *sum;
+  float *keys, *values, *queries, *scores, *weights, *out, *maximum, *sum, *line, *terms;
 };
 
 // Wide heads take half the keys and rows at a time, to stay within L2.
@@ -61,7 +61,8 @@ static Scratch thread_scratch(int64_t head_dim) {
   carve<Scratch>({{&s.keys, head_dim * block_keys}, {&s.values, width * block_keys},
                   {&s.queries, kRows * kPanelStride}, {&s.scores, kRows * kPanelStride},
                   {&s.weights, kRows * kPanelStride}, {&s.out, max_rows * width},
-                  {&s.maximum, max_rows},             {&s.sum, max_rows}});
+                  {&s.maximum, max_rows},             {&s.sum, max_rows},
+                  {&s.line, max_rows + block_keys + BiasTerms::kSpare}, {&s.terms, kRows * kPanelStride}});
   return s;
 }
 
@@ -72,7 +73,8 @@ static AmxScratch amx_scratch(int64_t head_dim) {
   carve<AmxScratch>({{&s.keys, width / 2 * kAmxKeys}, {&s.values, width * kAmxKeys / 2},
                      {&s.queries, rows * width / 2}, {&s.scores, kAmxGroup * kPanelStride},
                      {&s.weights, kAmxGroup * kPanelStride}, {&s.products, kAmxGroup * width},
-                     {&s.out, rows * width}, {&s.maximum, rows}, {&s.sum, rows}});
+                     {&s.out, rows * width}, {&s.maximum, rows}, {&s.sum, rows},
+                     {&s.line, rows + kAmxKeys + BiasTerms::kSpare}, {&s.terms, kAmxGroup * kPanelStride}});
   return s;
 }
 #endif
@@ -84,29 +86,23 @@ static inline void prefetch_rows(const T *row, int64_t stride, int64_t rows, int
     for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, Write, Write ? 3 : 2);
 }
 
-template <typename T> struct Item {
-  const T *q, *k, *v;
-  T *out;
-  int64_t rows, keys;
-  int64_t note_rows;
-};
-
-template <typename T, bool Pairs> struct Attention {
+template <typename T, bool Pairs, typename Terms> struct Attention {
   const AttentionArgs &a;
   const Scratch s;
   const int64_t head_dim, depth, width;
   const float factor;
   const bool queries_in_place, values_in_place;
+  Terms terms;
   static constexpr int kElements = Pairs ? 2 : 1;  // of a word
 
   explicit Attention(const AttentionArgs &args)
       : a(args), s(thread_scratch(args.head_dim)), head_dim(args.head_dim),
         depth(Pairs ? (head_dim + 1) / 2 : head_dim), width(round_up(head_dim, Vec::N)),
-        factor(float(double(args.scale < 0 ? -args.scale : args.scale) * 1.44269504088896341)),
+        factor(Terms::kScaled ? 1.0f : float(double(args.scale < 0 ? -args.scale : args.scale) * kLog2e)),
         queries_in_place(sizeof(T) * kElements == sizeof(float) && head_dim % kElements == 0 &&
                          a.q_token_stride % kElements == 0 && a.q_head_stride % kElements == 0 &&
                          reinterpret_cast<uintptr_t>(a.q) % sizeof(float) == 0),
-        values_in_place(sizeof(T) == sizeof(float) && width == head_dim) {}
+        values_in_place(sizeof(T) == sizeof(float) && width == head_dim), terms(args, s.line, s.terms, kPanelStride) {}
 
   // M rows of the item from `row` on, against its keys [key, key + keys).
   template <int M> void panel(const Item<T> &item, int64_t row, int64_t key, int64_t keys) {
@@ -120,6 +116,8 @@ template <typename T, bool Pairs> struct Attention {
     prefetch_rows(q + M * a.q_token_stride, a.q_token_stride, smaller(item.rows - row - M, kRows), head_dim);
     if (last) prefetch_rows<T, true>(out, a.out_token_stride, M, head_dim);
 
+    const auto added = terms.of_panel(row, M, key, keys);
+    const bool negate = !Terms::kScaled && a.scale < 0;
     Vec row_max[M];
     for (int i = 0; i < M; i++) row_max[i] = Vec::set(-__builtin_inff());
     for (int64_t j = 0; j < keys; j += kTileKeys) {
@@ -132,7 +130,7 @@ template <typename T, bool Pairs> struct Attention {
         prefetch_rows(k + kTileKeys * a.k_token_stride, a.k_token_stride, smaller(keys - j - kTileKeys, kTileKeys),
                       head_dim);
       }
-      score_tile<Pairs, M>(queries, query_stride, tile, depth, a.scale < 0, tile_keys, s.scores + j, row_max);
+      score_tile<Pairs, M>(queries, query_stride, tile, depth, negate, tile_keys, s.scores + j, row_max, added, j);
     }
 
     float maximum[M], before[M], sum[M], rescale[M], scale[M];
@@ -191,8 +189,10 @@ template <typename T, bool Pairs> struct Attention {
       return;
     }
     const int64_t block_keys = halved(kBlockKeys, head_dim);
+    terms.begin_item(item);
     for (int64_t key = 0; key < item.keys; key += block_keys) {
       const int64_t keys = smaller(item.keys - key, block_keys);
+      terms.begin_block(key, keys);
       for (int64_t row = 0; row < item.rows; row += kRows)
         with_constant<kRows>(smaller(item.rows - row, kRows),
                              [&](auto m) { panel<decltype(m)::value>(item, row, key, keys); });
@@ -202,15 +202,15 @@ template <typename T, bool Pairs> struct Attention {
 
 #if defined(CLINFAST_AMX)
 // Which of the two computes a note depends on its own queries only, as its bits must.
-struct AmxOrVector {
-  AmxAttention amx;
-  Attention<bf16_t, true> vector;
+template <typename Terms> struct AmxOrVector {
+  AmxAttention<Terms> amx;
+  Attention<bf16_t, true, Terms> vector;
 
   explicit AmxOrVector(const AttentionArgs &args) : amx(args, amx_scratch(args.head_dim)), vector(args) {}
 
   void run(const Item<bf16_t> &item) {
     if (item.note_rows < kAmxFewestQueries || item.keys == 0) vector.run(item);
-    else amx.run(item.q, item.k, item.v, item.out, item.rows, item.keys);
+    else amx.run(item);
   }
 };
 #endif
@@ -273,7 +273,8 @@ template <typename T, typename Kernel> static void work(const Schedule &plan, in
                        static_cast<const T *>(a.k) + k * a.k_token_stride + head * a.k_head_stride,
                        static_cast<const T *>(a.v) + k * a.v_token_stride + head * a.v_head_stride,
                        static_cast<T *>(a.out) + q * a.out_token_stride + head * a.out_head_stride,
-                       smaller(rows - row, step), keys, rows});
+                       smaller(rows - row, step), keys, rows, head, row, a.q_places ? a.q_places + q : nullptr,
+                       a.k_places ? a.k_places + k : nullptr});
       }
       begin = end;
     }
@@ -286,15 +287,20 @@ template <typename T, typename Kernel> static void attend(const AttentionArgs &a
   work<T, Kernel>(plan, next);
 }
 
-void attention(const AttentionArgs &a) {
-  if (a.dtype == DType::f32) return attend<float, Attention<float, false>>(a, kRows);
+template <typename Terms> static void attend_with(const AttentionArgs &a) {
+  if (a.dtype == DType::f32) return attend<float, Attention<float, false, Terms>>(a, kRows);
 #if defined(CLINFAST_AMX)
-  attend<bf16_t, AmxOrVector>(a, kAmxGroup);
+  attend<bf16_t, AmxOrVector<Terms>>(a, kAmxGroup);
 #elif defined(CLINFAST_AVX512_BF16)
-  attend<bf16_t, Attention<bf16_t, true>>(a, kRows);
+  attend<bf16_t, Attention<bf16_t, true, Terms>>(a, kRows);
 #else
-  attend<bf16_t, Attention<bf16_t, false>>(a, kRows);
+  attend<bf16_t, Attention<bf16_t, false, Terms>>(a, kRows);
 #endif
+}
+
+void attention(const AttentionArgs &a) {
+  if (a.bias) attend_with<BiasTerms>(a);
+  else attend_with<NoTerms>(a);
 }
 
 }  // namespace CLINFAST_ISA

@@ -18,7 +18,7 @@ static constexpr int64_t kAmxGroup = 32;
 static constexpr int64_t kAmxFewestQueries = 5;
 
 struct AmxScratch {
-  float *keys, *values, *queries, *scores, *weights, *products, *out, *maximum, *sum;
+  float *keys, *values, *queries, *scores, *weights, *products, *out, *maximum, *sum, *line, *terms;
 };
 
 // packed[word, key] for 32 keys, 0 past `keys` of them and past head_dim.
@@ -36,20 +36,22 @@ static inline void pack_key_group(const bf16_t *k, int64_t token_stride, int64_t
     }
 }
 
-struct AmxAttention {
+template <typename Terms> struct AmxAttention {
   const AttentionArgs &a;
   const AmxScratch s;
   const int64_t head_dim, width, depth;  // width: head_dim in whole left tiles; depth: its words
   const float factor;
+  Terms terms;
   AmxTiles tiles;
 
   AmxAttention(const AttentionArgs &args, const AmxScratch &scratch)
       : a(args), s(scratch), head_dim(args.head_dim), width((head_dim + 31) / 32 * 32), depth(width / 2),
-        factor(float(double(args.scale < 0 ? -args.scale : args.scale) * 1.44269504088896341)) {}
+        factor(Terms::kScaled ? 1.0f : float(double(args.scale < 0 ? -args.scale : args.scale) * kLog2e)),
+        terms(args, s.line, s.terms, kPanelStride) {}
 
   void pack_queries(const bf16_t *q, int64_t rows) {
     uint16_t *to = reinterpret_cast<uint16_t *>(s.queries);
-    const uint16_t sign = a.scale < 0 ? 0x8000 : 0;
+    const uint16_t sign = !Terms::kScaled && a.scale < 0 ? 0x8000 : 0;
     for (int64_t row = 0; row < rows; row++, q += a.q_token_stride, to += width)
       for (int64_t i = 0; i < width; i++) to[i] = i < head_dim ? uint16_t(q[i] ^ sign) : uint16_t(0);
     // A tile's unused rows are multiplied too, and looked at by nobody.
@@ -76,7 +78,9 @@ struct AmxAttention {
   }
 
   // Scores of M tiles of queries with the block's keys, then its weights; sums and maxima of `rows` real rows.
-  template <int M> void weigh(const uint16_t *q, int64_t rows, int64_t keys, float *maximum, float *sum, const float *before) {
+  template <int M, typename Added>
+  void weigh(const uint16_t *q, int64_t rows, int64_t keys, float *maximum, float *sum, const float *before,
+             const Added &added) {
     for (int64_t key = 0; key < keys; key += kAmxGroup) {
       const float *packed = s.keys + key * depth;
       zero_sums<M>();
@@ -95,7 +99,7 @@ struct AmxAttention {
 #pragma GCC unroll 4
           for (int i = 0; i < R; i++) {
             float *at = scores + i * kPanelStride + key;
-            Vec x = max(Vec::set(-1e30f), Vec::load(at));
+            Vec x = max(Vec::set(-1e30f), added(int(row) + i, key, Vec::load(at)));
             if (key + Vec::N > keys) x = keep_lanes(x, keys - key, -__builtin_inff());
             x.store(at);
             row_max[i] = max(row_max[i], x);
@@ -124,15 +128,16 @@ struct AmxAttention {
   }
 
   // `rows` queries from `row` on, at most 32, against the item's keys [key, key + keys), which are packed.
-  void panel(bf16_t *out, int64_t row, int64_t rows, int64_t keys, bool first, bool last) {
+  void panel(bf16_t *out, int64_t row, int64_t rows, int64_t key, int64_t keys, bool first, bool last) {
     float maximum[kAmxGroup], sum[kAmxGroup], before[kAmxGroup];
+    const auto added = terms.of_panel(row, rows, key, keys);
     const uint16_t *q = reinterpret_cast<const uint16_t *>(s.queries) + row * width;
     if (!first) memcpy(before, s.maximum + row, size_t(rows) * 4);
     if (rows > kAmxRows) {
-      weigh<2>(q, rows, keys, maximum, sum, first ? nullptr : before);
+      weigh<2>(q, rows, keys, maximum, sum, first ? nullptr : before, added);
       multiply<2>(keys);
     } else {
-      weigh<1>(q, rows, keys, maximum, sum, first ? nullptr : before);
+      weigh<1>(q, rows, keys, maximum, sum, first ? nullptr : before, added);
       multiply<1>(keys);
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -154,13 +159,16 @@ struct AmxAttention {
     }
   }
 
-  void run(const bf16_t *q, const bf16_t *k, const bf16_t *v, bf16_t *out, int64_t rows, int64_t keys) {
-    pack_queries(q, rows);
-    for (int64_t key = 0; key < keys; key += kAmxKeys) {
-      const int64_t count = keys - key < kAmxKeys ? keys - key : kAmxKeys;
-      pack_block(k + key * a.k_token_stride, v + key * a.v_token_stride, count);
-      for (int64_t row = 0; row < rows; row += kAmxGroup)
-        panel(out, row, rows - row < kAmxGroup ? rows - row : kAmxGroup, count, key == 0, key + count == keys);
+  void run(const Item<bf16_t> &item) {
+    pack_queries(item.q, item.rows);
+    terms.begin_item(item);
+    for (int64_t key = 0; key < item.keys; key += kAmxKeys) {
+      const int64_t count = item.keys - key < kAmxKeys ? item.keys - key : kAmxKeys;
+      pack_block(item.k + key * a.k_token_stride, item.v + key * a.v_token_stride, count);
+      terms.begin_block(key, count);
+      for (int64_t row = 0; row < item.rows; row += kAmxGroup)
+        panel(item.out, row, item.rows - row < kAmxGroup ? item.rows - row : kAmxGroup, key, count, key == 0,
+              key + count == item.keys);
     }
   }
 };

@@ -13,6 +13,8 @@ enum class MaskType : int32_t { none = 0, bytes = 1, int32 = 4, int64 = 8 };
 
 // out[t, h] = softmax(scale * q[t, h] . k[s, h]) @ v[s, h] over the keys s of t's own note.
 // Last dimensions are contiguous. seqused_k may be null; it bounds the keys of note b to the first seqused_k[b].
+// Where bias [num_heads, 2 * bias_reach + 1] is given, bias[h, clamp(place of s - place of t, +-bias_reach)] is added to the
+// scaled scores. q_places and k_places hold a place for each row; where null, it is the row's rank in its note.
 struct AttentionArgs {
   const void *q, *k, *v;
   void *out;
@@ -25,6 +27,9 @@ struct AttentionArgs {
   float scale;
   DType dtype;
   int32_t num_threads;
+  const float *bias = nullptr;
+  int64_t bias_reach = 0;
+  const int32_t *q_places = nullptr, *k_places = nullptr;
 };
 
 // out = LayerNorm(x + bias + residual) * weight + shift. bias and residual may be null.
@@ -157,7 +162,7 @@ struct LayerWeights {
 
 // x [tokens, num_heads * head_dim], contiguous, through `num_layers` layers, in place. `workspace` has
 // encoder_workspace_bytes and starts on a cache line. With pre_norm each LayerNorm stands before what it belongs to, inside
-// the residual; else behind the residual.
+// the residual; else behind the residual. bias, bias_reach and places [tokens]: as in AttentionArgs, in every layer.
 struct EncoderArgs {
   const LayerWeights *layers;
   void *x, *workspace;
@@ -168,6 +173,9 @@ struct EncoderArgs {
   int32_t pre_norm;
   DType dtype;
   int32_t num_threads;
+  const float *bias = nullptr;
+  int64_t bias_reach = 0;
+  const int32_t *places = nullptr;
 };
 
 struct KernelTable {

@@ -117,8 +117,8 @@ class EagerExecutor:
             context = self.attention(q, k, v, cu_seqlens_q, batch.cu_seqlens, batch.seqused_k, self.spec.scale)
         else:
             context = self.attention_disentangled(
-                q, k, v, layer.position_keys, layer.position_queries, weights.buckets, cu_seqlens_q, batch.cu_seqlens,
-                batch.seqused_k, places, batch.places, self.spec.scale,
+                q, k, v, cu_seqlens_q, batch.cu_seqlens, batch.seqused_k, self.spec.scale, layer.position_keys,
+                layer.position_queries, weights.buckets, places, batch.places,
             )  # fmt: skip
         return context
 
