@@ -61,10 +61,10 @@ OWN = {
     },
     "deberta-v2": {
         "own-projections": {"share_att_key": False},
-        "c2p-alone": {"share_att_key": False, "pos_att_type": ["c2p"]},
+        "c2p-alone": {"share_att_key": False, "pos_att_type": "c2p"},
         "p2c-alone": {"pos_att_type": "p2c"},
         "terms-without-tables": {"relative_attention": False},
-        "no-terms": {"pos_att_type": []},
+        "no-terms": {"pos_att_type": None},
         "no-buckets": {"position_buckets": -1},
         "no-buckets-and-short": {"position_buckets": -1, "max_relative_positions": 6},
         "short-and-bucketed": {"position_buckets": 6, "max_relative_positions": 13},
