@@ -27,6 +27,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
         },
     ),
+    "mpnet": ("MPNet", {}),
     "roberta-prelayernorm": ("RobertaPreLayerNorm", {"pad_token_id": 1, "type_vocab_size": 1}),
     "xlm-roberta-xl": ("XLMRobertaXL", {"pad_token_id": 1, "type_vocab_size": 1}),
 }
@@ -65,7 +66,7 @@ DISTILBERT_NAMES = {
     "intermediate_size": "hidden_dim",
     "hidden_act": "activation",
 }
-COUNTS_POSITIONS = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl")
+COUNTS_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm", "xlm-roberta-xl")
 # Every pair of family and head that transformers has, bert aside.
 PAIRS = [(family, head) for family in FAMILIES for head in HEADS if family in ONLY.get(head, FAMILIES)]
 

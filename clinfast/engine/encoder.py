@@ -145,6 +145,12 @@ class Encoder:
                 executor.layer_norm = registry.implementation("layer_norm.fp8", self.backend, device)
             if kind == "fixed":
                 executor.attention = registry.implementation("attention.fixed", self.backend, device)
+                if self.spec.relative_buckets:
+                    name = "attention_biased.fixed"
+                    executor.attention_biased = registry.implementation(name, self.backend, device)
+                if self.spec.disentangled is not None:
+                    name = "attention_disentangled.fixed"
+                    executor.attention_disentangled = registry.implementation(name, self.backend, device)
                 registry.implementation("linear.prepack_fixed", self.backend, device)
         except RuntimeError:
             wanted = "precision='fp8'" if kind == "fp8" else "reproducible=True"

@@ -15,7 +15,9 @@ class PackedBatch(NamedTuple):
     """Where each packed token came from.
 
     `cu_seqlens` [B + 1] int32; `indices` [T] int32, flat positions in the [B, S] batch; `seqused_k` [B] int32 real
-    lengths, or None where every packed token is real; `position_ids` [B, S] int32 where they were counted already.
+    lengths, or None where every packed token is real; `position_ids` [B, S] int32 where they were counted already;
+    `columns` [T] int32, where each token stood in its note up to a number that all tokens of the note share, None where
+    `indices` say that too.
     """
 
     cu_seqlens: Tensor
@@ -26,11 +28,12 @@ class PackedBatch(NamedTuple):
     batch: int
     seqlen: int
     position_ids: Tensor | None = None
+    columns: Tensor | None = None
 
     @property
     def places(self) -> Tensor:
-        """[T] int32: each token's column, from some start of its note's own."""
-        return self.indices if self.position_ids is None else self.position_ids.view(-1)
+        """[T] int32: the difference of two tokens of a note is that of their columns."""
+        return self.indices if self.columns is None else self.columns
 
 
 def pack(

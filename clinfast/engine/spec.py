@@ -79,6 +79,10 @@ class EncoderSpec:
         disentangled: what attention adds to its scores; None is plain attention.
         positions_in_embedding: False where the embedding has no positions; `max_positions` is then 0, and no length too
             long.
+        relative_buckets: buckets of relative distances (`engine.relative_bias`), each with a bias for every head, which
+            all layers add to their scores; 0 where there are none.
+        relative_max_distance: from here on distances share the last bucket.
+        relative_rows: rows of the table of biases; those past the buckets are not used.
     """
 
     family: str
@@ -103,6 +107,9 @@ class EncoderSpec:
     task_type_vocab_size: int = 0
     disentangled: Disentangled | None = None
     positions_in_embedding: bool = True
+    relative_buckets: int = 0
+    relative_max_distance: int = 128
+    relative_rows: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "embedding_size", self.embedding_size or self.hidden_size)
@@ -125,6 +132,10 @@ class EncoderSpec:
             )
         if not 1 <= self.head_dim <= 256:
             raise ValueError(f"head_dim is {self.head_dim}; the attention kernels serve 1 to 256")
+        if self.relative_rows < self.relative_buckets:
+            raise ValueError(
+                f"relative_rows is {self.relative_rows}; {self.relative_buckets} are needed, one for each bucket"
+            )
 
     @property
     def max_seqlen(self) -> int:
@@ -151,6 +162,8 @@ class EncoderSpec:
             names += ["embedding.norm.weight", "embedding.norm.bias"]
         if self.projects_embedding:
             names += ["embedding.projection.weight", "embedding.projection.bias"]
+        if self.relative_buckets:
+            names.append("relative_bias.weight")
         for i in range(self.num_weights):
             for stem in LAYER_LINEARS + LAYER_NORMS:
                 names += [f"layers.{i}.{stem}.weight", f"layers.{i}.{stem}.bias"]
@@ -173,6 +186,8 @@ class EncoderSpec:
             if name == "relative.table.weight":
                 assert self.disentangled is not None
                 shapes[name] = (2 * self.disentangled.span, hidden)
+            elif stem == "relative_bias":
+                shapes[name] = (self.relative_rows, self.num_heads)
             elif stem in tables:
                 shapes[name] = (tables[stem], width)
             elif stem in linears:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clinfast.backends.cpu import sampling as samplers
+from clinfast.engine import relative_bias
 from clinfast.engine.spec import EncoderSpec, HeadSpec, ParameterRef, Unsupported
 from clinfast.ops import registry
 from clinfast.ops.attention_disentangled import log_buckets
@@ -24,8 +25,8 @@ SAMPLES_PER_TENSOR = 4
 @dataclasses.dataclass(frozen=True)
 class PackedLayer:
     """`qkv` makes [T, 3H] at once; where only first tokens are asked for, `query` and `key_value` come apart, unless
-    other layers share the weights. `position_keys` and `position_queries` [heads, R, head_dim]: the tables of
-    `ops.attention_disentangled`."""
+    other layers share the weights. `bias` [heads, 2 R + 1] is added to its scores by distance, where there is one;
+    `position_keys` and `position_queries` [heads, R, head_dim] are the tables of `ops.attention_disentangled`."""
 
     qkv: PackedLinear | None
     query: PackedLinear | None
@@ -37,6 +38,7 @@ class PackedLayer:
     output_norm: tuple[Tensor, Tensor]
     position_keys: Tensor | None = None
     position_queries: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class PackedDense(NamedTuple):
@@ -131,6 +133,17 @@ def pack_weights(
         copied.append(types.nbytes)
         return types
 
+    def distance_biases() -> Tensor | None:
+        if not spec.relative_buckets:
+            return None
+        found = relative_bias.expanded(
+            tensors["relative_bias.weight"], spec.relative_buckets, spec.relative_max_distance
+        )
+        copied.append(found.nbytes)
+        return found
+
+    bias = distance_biases()
+
     def layer(i: int, *, split: bool) -> PackedLayer:
         at = f"layers.{i}."
         q, k, v = (at + name for name in ("query", "key", "value"))
@@ -145,6 +158,7 @@ def pack_weights(
             output_norm=norm(at + "output_norm"),
             position_keys=position_table(at, "key", "c2p"),
             position_queries=position_table(at, "query", "p2c"),
+            bias=bias,
         )
 
     def position_table(at: str, name: str, term: str) -> Tensor | None:

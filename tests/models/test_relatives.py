@@ -77,6 +77,10 @@ OWN = {
         "five-tasks": {"task_type_vocab_size": 5},
     },
     "megatron-bert": {},
+    "mpnet": {
+        "more-rows": {"relative_attention_num_buckets": 40},
+        "pad-3": {"pad_token_id": 3},
+    },
     "roberta-prelayernorm": {"pad-3": {"pad_token_id": 3}},
     "xlm-roberta-xl": {"pad-3": {"pad_token_id": 3}},
 }

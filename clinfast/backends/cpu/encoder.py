@@ -60,10 +60,11 @@ class EncoderLayers:
         eps: float,
         activation: str,
         pre_norm: bool,
+        bias: Tensor | None = None,
         places: Tensor | None = None,
     ) -> Tensor:
-        """Overwrites and returns `x` [T, H], contiguous. `cu_seqlens` [B + 1] int32 as `pack` made it; `places` [T] int32,
-        None for ranks."""
+        """Overwrites and returns `x` [T, H], contiguous. `cu_seqlens` [B + 1] int32 as `pack` made it; `bias` and
+        `places` [T] as in `attention_biased`."""
         kernels = native.kernels()
         tokens, hidden = x.shape
         size = kernels.encoder_workspace_bytes(tokens, hidden, self._intermediate, self._code, self._table)
@@ -73,7 +74,8 @@ class EncoderLayers:
             self._addresses.data_ptr(), x.data_ptr(), workspace.data_ptr(), cu_seqlens.data_ptr(),
             native.address(seqused_k), num_layers, tokens, len(cu_seqlens) - 1, num_heads, hidden // num_heads,
             self._intermediate, scale, eps, ACTIVATIONS.index(activation), pre_norm, self._code, self._table,
-            torch.get_num_threads(), 0, 0, native.address(places), native.address(self._buckets),
+            torch.get_num_threads(), native.address(bias), 0 if bias is None else bias.shape[1] // 2,
+            native.address(places), native.address(self._buckets),
             0 if self._buckets is None else self._buckets.shape[0] // 2, self._position_rows,
         )  # fmt: skip
         calls["encoder_layer[cpu]"] += num_layers

@@ -184,6 +184,7 @@ class GraphExecutor:
             notes + 1,
             rows,
             places,
+            buffers.indices[:rows],
         )
         output = compute(self.executor, weights, self.head, request, batch)
         if self.head.hidden_states or any(y is None for y in output.branches):

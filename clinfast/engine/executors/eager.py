@@ -31,6 +31,8 @@ class EagerExecutor:
             self.attention_disentangled = registry.implementation(
                 "attention_disentangled", backend, device, prechecked=True
             )
+        if spec.relative_buckets:
+            self.attention_biased = registry.implementation("attention_biased", backend, device, prechecked=True)
 
     def all_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
         """[T, H] for all packed tokens."""
@@ -77,12 +79,10 @@ class EagerExecutor:
         else:
             assert layer.query is not None and layer.key_value is not None
             q, (k, v) = layer.query(h).view(shape)[:, 0], layer.key_value(h).view(shape).unbind(1)
-        context = self._attend(weights, layer, q, k, v, batch.cu_seqlens, batch.places, batch)
+        context = self._attend(weights, layer, q, k, v, batch)
         return self._after_attention(layer, context, x)
 
-    def _first_rows(
-        self, weights: PackedWeights, layer: PackedLayer, x: Tensor, batch: PackedBatch
-    ) -> Tensor:
+    def _first_rows(self, weights: PackedWeights, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
         spec = self.spec
         shape = (-1, spec.num_heads, spec.head_dim)
         h, first = self._before(layer.attention_norm, x), self.first_token(x, batch)
@@ -95,10 +95,7 @@ class EagerExecutor:
             k, v = layer.key_value(h).view(-1, 2, *shape[1:]).unbind(1)
             q = layer.query(self._before(layer.attention_norm, first)).view(shape)
         rows = one_row_a_note(batch.batch, x.device)
-        places = None
-        if spec.disentangled is not None:  # a note without rows may begin behind the last one
-            places = batch.places[batch.cu_seqlens[:-1].clamp(max=batch.tokens - 1).long()]
-        context = self._attend(weights, layer, q, k, v, rows, places, batch)
+        context = self._attend(weights, layer, q, k, v, batch, rows)
         return self._after_attention(layer, context, first)
 
     def _attend(
@@ -108,18 +105,21 @@ class EagerExecutor:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        cu_seqlens_q: Tensor,
-        places: Tensor | None,
         batch: PackedBatch,
+        rows: Tensor | None = None,
     ) -> Tensor:
+        """`rows`: boundaries of the queries where they are not those of the keys but one a note."""
+        bounds = (batch.cu_seqlens if rows is None else rows, batch.cu_seqlens, batch.seqused_k)
         context: Tensor
-        if weights.buckets is None:
-            context = self.attention(q, k, v, cu_seqlens_q, batch.cu_seqlens, batch.seqused_k, self.spec.scale)
+        if layer.bias is None and weights.buckets is None:
+            context = self.attention(q, k, v, *bounds, self.spec.scale)
+            return context
+        places = (batch.places if rows is None else _first_places(batch), batch.places)
+        if layer.bias is not None:
+            context = self.attention_biased(q, k, v, *bounds, self.spec.scale, layer.bias, *places)
         else:
-            context = self.attention_disentangled(
-                q, k, v, cu_seqlens_q, batch.cu_seqlens, batch.seqused_k, self.spec.scale, layer.position_keys,
-                layer.position_queries, weights.buckets, places, batch.places,
-            )  # fmt: skip
+            tables = layer.position_keys, layer.position_queries, weights.buckets
+            context = self.attention_disentangled(q, k, v, *bounds, self.spec.scale, *tables, *places)
         return context
 
     def _after_attention(self, layer: PackedLayer, context: Tensor, x: Tensor) -> Tensor:
@@ -154,3 +154,9 @@ class EagerExecutor:
 
     def _final_norm(self, weights: PackedWeights, x: Tensor) -> Tensor:
         return x if weights.final_norm is None else self.layer_norm(x, None, *weights.final_norm, self.spec.eps)
+
+
+def _first_places(batch: PackedBatch) -> Tensor:
+    """[B]: where each note's first token stood; any place for a note without tokens."""
+    firsts = batch.cu_seqlens[:-1].clamp(max=max(batch.tokens - 1, 0))
+    return batch.places[firsts]

@@ -16,8 +16,8 @@ class NativeExecutor(EagerExecutor):
     def _whole_layers(self, weights: PackedWeights, x: Tensor, batch: PackedBatch) -> Tensor:
         if weights.fused is None:
             return super()._whole_layers(weights, x, batch)
-        spec, places = self.spec, None if weights.buckets is None else batch.places
+        spec = self.spec
         return weights.fused.run(
             x, batch.cu_seqlens, batch.seqused_k, spec.num_heads, spec.scale, spec.eps, spec.activation, spec.pre_norm,
-            places,
-        )
+            weights.layers[0].bias, batch.places,
+        )  # fmt: skip
