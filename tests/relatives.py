@@ -23,7 +23,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deberta-v2": (
         "DebertaV2",
         {
-            "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8, "share_att_key": True,
+            "relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 8, "share_att_key": True,
             "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
         },
     ),
