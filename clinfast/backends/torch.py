@@ -280,8 +280,8 @@ def attention_disentangled(
             at = rows_of(buckets, q_all[some.start - own.start : some.stop - own.start], k_all)
             # Only rows that these distances reach are multiplied.
             low, high = int(at.min()), int(at.max()) + 1
-            tables = (None if t is None else t[:, low:high] for t in (position_keys, position_queries))
-            scores = position_scores(q[some], k[theirs], *tables, at - low)
+            by_query, by_key = (None if t is None else t[:, low:high] for t in (position_keys, position_queries))
+            scores = position_scores(q[some], k[theirs], by_query, by_key, at - low)
             mask = (scores * scale)[None] if isinstance(scores, Tensor) else None
             found = functional.scaled_dot_product_attention(
                 q[some].transpose(0, 1)[None], k[theirs].transpose(0, 1)[None], v[theirs].transpose(0, 1)[None],

@@ -41,8 +41,8 @@ class Encoder:
         ]
         if padding == "keep" and self.spec.disentangled is not None:
             raise Unsupported(
-                f"padding='keep' is not served for {self.spec.family}, whose stock forward lets padded positions look at "
-                "everything; pass padding='remove'"
+                f"padding='keep' is not served for {self.spec.family}, whose stock forward lets padded positions look "
+                "at everything; pass padding='remove'"
             )
         first = self.refs[0].tensor()
         if first.device.type not in SERVED:

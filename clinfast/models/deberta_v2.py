@@ -1,4 +1,4 @@
-"""DeBERTa v2 and v3: BERT's layers with disentangled attention, the position projections of which are made when packed."""
+"""DeBERTa v2 and v3: BERT's layers with disentangled attention, whose position projections are made when packed."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class DebertaV2Reader(bert.BertReader):
             self.linear(f"{to}.{name}", getattr(attention, f"{name}_proj"), f"{path}.{name}_proj", hidden, hidden)
         checks.exact(attention.dropout, f"{path}.dropout", nn.Dropout)
         self.constant(
-            attention, "num_attention_heads", "attention_head_size", "share_att_key", "pos_att_type", "relative_attention",
-            "position_buckets", "max_relative_positions", "pos_ebd_size",
+            attention, "num_attention_heads", "attention_head_size", "share_att_key", "pos_att_type",
+            "relative_attention", "position_buckets", "max_relative_positions", "pos_ebd_size",
         )  # fmt: skip
         terms, odd = _terms(attention.pos_att_type)
         if odd:
@@ -100,8 +100,8 @@ class DebertaV2Reader(bert.BertReader):
             raise Unsupported(f"{path} and its layers differ in max_relative_positions or position_buckets")
         if buckets and (buckets % 2 or not 2 <= buckets // 2 < reach - 1):
             raise Unsupported(
-                f"{path}.position_buckets is {buckets} and max_relative_positions {reach}; an even number from 4 on, whose "
-                "half is less than max_relative_positions - 1, is served"
+                f"{path}.position_buckets is {buckets} and max_relative_positions {reach}; an even number from 4 on, "
+                "whose half is less than max_relative_positions - 1, is served"
             )
         if self.table("relative.table", encoder.rel_embeddings, f"{path}.rel_embeddings", hidden).shape[0] != 2 * span:
             raise Unsupported(f"{path}.rel_embeddings does not have {2 * span} rows")

@@ -1,4 +1,4 @@
-"""`attention_disentangled`: attention whose scores also hold a query by a position's key, and a key by a position's query.
+"""`attention_disentangled`: scores also hold a query by a position's key, and a key by a position's query.
 
 After DeBERTa (He et al. 2021, arXiv:2006.03654, section 3.1; the log buckets are those of its version 2).
 """
@@ -85,8 +85,8 @@ _run = registry.define(
     registry.Op(
         "attention_disentangled",
         "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, float scale, "
-        "Tensor? position_keys, Tensor? position_queries, Tensor buckets, Tensor? q_places=None, Tensor? k_places=None) "
-        "-> Tensor",
+        "Tensor? position_keys, Tensor? position_queries, Tensor buckets, Tensor? q_places=None, "
+        "Tensor? k_places=None) -> Tensor",
         reference,
         fake,
     )
@@ -107,9 +107,10 @@ def attention_disentangled(
     q_places: Tensor | None = None,
     k_places: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale * (q k^T + q position_keys[r]^T + k position_queries[r]^T)) v, each query over the keys of its note.
+    """softmax(scale * (q k^T + q position_keys[r]^T + k position_queries[r]^T)) v, each query over its note's keys.
 
-    r is `buckets` at the query's place minus the key's. Terms, softmax and sums are in fp32, and no [S, S] tensor is made.
+    r is `buckets` at the query's place minus the key's. Terms, softmax and sums are in fp32, and no [S, S] tensor is
+    made.
 
     Args:
         q: [Tq, heads, head_dim], fp32 or bf16, last dimension contiguous, head_dim 1 to 256.
@@ -120,8 +121,8 @@ def attention_disentangled(
         position_keys, position_queries: [heads, R, head_dim] contiguous, in the dtype of `q`; None leaves the term out.
         buckets: [2 D + 1] int32, contiguous: the row of the tables for the distances -D to D, never decreasing; what is
             further away reads the nearer end.
-        q_places, k_places: [Tq] and [Tk] int32, contiguous, rising within a note; None is a row's rank in its note. Only
-            differences within a note count. Places that are not consecutive are slower.
+        q_places, k_places: [Tq] and [Tk] int32, contiguous, rising within a note; None is a row's rank in its note.
+            Only differences within a note count. Places that are not consecutive are slower.
 
     Returns:
         [Tq, heads, head_dim], contiguous, in the dtype of `q`; zeros for queries without keys.

@@ -1,4 +1,4 @@
-"""What only DeBERTa has: lengths beyond the tables, both masked-LM heads, tables that follow their sources, refusals."""
+"""What only DeBERTa has: lengths beyond the tables, two masked-LM heads, tables that follow their sources, refusals."""
 
 import copy
 
@@ -49,6 +49,9 @@ def test_holes_in_long_notes(head):
     s.check(input_ids=ids(3, 260), attention_mask=mask)
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="transformers 4 ties its dense layer to the embeddings, and fails"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_head_whose_decoder_is_the_word_embeddings(dtype):
     model = make(FAMILY, "mlm", legacy=False, dtype=dtype)
@@ -159,7 +162,7 @@ def test_compiled():
         inputs = {"input_ids": ids(3, 20), "attention_mask": mask}
         torch.testing.assert_close(run(compiled, **inputs), run(stock, **inputs), rtol=0, atol=1e-4)
     assert registry.calls["attention_disentangled[cpu]"] > before
-    with pytest.raises(Exception, match="column 0 is masked .* deberta-v2 does not serve that under torch.compile"):
+    with pytest.raises(Exception, match=r"column 0 is masked .* deberta-v2 does not serve that under torch.compile"):
         run(compiled, input_ids=ids(3, 20), attention_mask=right_padded([20, 7, 13]).flip(1))
     torch._dynamo.reset()
 

@@ -22,7 +22,8 @@ def disentangled(args, span=8, position_buckets=8, reach=32, terms=BOTH, q_place
     q = args[0]
     g = torch.Generator().manual_seed(seed)
     tables = [
-        torch.randn(q.shape[1], 2 * span, q.shape[2], generator=g).to(q.dtype) if term in terms else None for term in BOTH
+        torch.randn(q.shape[1], 2 * span, q.shape[2], generator=g).to(q.dtype) if term in terms else None
+        for term in BOTH
     ]
     buckets = op.log_buckets(span, position_buckets, reach if position_buckets else span)
     return [*args, *tables, buckets, q_places, k_places]
@@ -38,7 +39,7 @@ def exact(args):
 
 
 def check(args, call=compiled):
-    """Root mean square error at most twice that of the definition in the dtype; the largest, a draw from a tail, four times."""
+    """Root mean square error at most twice the definition's in the dtype; the largest, one draw from a tail, four times."""
     ours, stock, truth = call(*args), op.reference(*args), exact(args)
     assert ours.is_contiguous() and ours.dtype == args[0].dtype
     assert ours.shape == truth.shape and torch.isfinite(ours).all()
@@ -59,8 +60,8 @@ def test_matches_reference(isa, head_dim, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "tables",
-    [{"span": 256, "position_buckets": 256, "reach": 512}, own_rows(160), own_rows(40), own_rows(1), {"terms": ("c2p",)},
-     {"terms": ("p2c",)}, {"span": 64, "position_buckets": 64, "reach": 70}],
+    [{"span": 256, "position_buckets": 256, "reach": 512}, own_rows(160), own_rows(40), own_rows(1),
+     {"terms": ("c2p",)}, {"terms": ("p2c",)}, {"span": 64, "position_buckets": 64, "reach": 70}],
     ids=str,
 )  # fmt: skip
 def test_tables(isa, tables, dtype):
@@ -235,7 +236,7 @@ RISING = torch.arange(8, dtype=torch.int32)
     [
         ({"q": torch.zeros(8, 2, 16, dtype=torch.float64)}, "attention_disentangled: q has dtype torch.float64"),
         ({"v": torch.zeros(7, 2, 16)}, "v has shape"),
-        ({"position_keys": torch.zeros(2, 16, 8)}, r"position_keys has shape \[2, 16, 8\]; it must have shape \[2, 16, 16\]"),
+        ({"position_keys": torch.zeros(2, 16, 8)}, r"position_keys has shape \[2, 16, 8\]; it must have shape"),
         ({"position_queries": torch.zeros(2, 14, 16)}, "position_queries has shape"),
         ({"position_keys": torch.zeros(2, 16, 16).bfloat16()}, "position_keys has dtype torch.bfloat16"),
         ({"position_keys": torch.zeros(16, 2, 16).transpose(0, 1)}, "position_keys is .* contiguous"),

@@ -13,7 +13,8 @@ OP = "attention_disentangled"
 
 def check_tables(q: Tensor, position_keys: Tensor | None, position_queries: Tensor | None, buckets: Tensor) -> int:
     """The number of their rows."""
-    given = [(n, t) for n, t in (("position_keys", position_keys), ("position_queries", position_queries)) if t is not None]
+    tables = {"position_keys": position_keys, "position_queries": position_queries}
+    given = [(name, table) for name, table in tables.items() if table is not None]
     rows = given[0][1].shape[1] if given and given[0][1].dim() == 3 else 1
     for name, table in given:
         check_dtype(OP, name, table, q.dtype)
