@@ -39,7 +39,7 @@ def exact(args):
 
 
 def check(args, call=compiled):
-    """Root mean square error at most twice the definition's in the dtype; the largest, one draw from a tail, four times."""
+    """Root mean square error at most twice the definition's in the dtype; the largest, a draw of a tail, four times."""
     ours, stock, truth = call(*args), op.reference(*args), exact(args)
     assert ours.is_contiguous() and ours.dtype == args[0].dtype
     assert ours.shape == truth.shape and torch.isfinite(ours).all()
