@@ -4,6 +4,7 @@
 // of its own. Keys are multiplied in the same way for a block of queries, and transposed as they are spread.
 #pragma once
 
+#include "attention_amx.h"
 #include "attention_pack.h"
 #include "scratch.h"
 
@@ -12,14 +13,19 @@ namespace CLINFAST_ISA {
 
 // Queries whose sums by keys are kept at a time, for a block of keys.
 static constexpr int64_t kSpreadRows = 96;
-// Floats a row of products by table rows: what a panel, or a vector of keys, reaches, from a whole vector on.
-static constexpr int64_t kQueryReach = kBlockKeys + 48, kKeyReach = kSpreadRows + 48;
 
 template <typename T, bool Pairs> struct DisentangledTerms {
-  const AttentionArgs &a;
-  const int64_t depth;
-  const float slope;
+#if defined(CLINFAST_AMX)
+  static constexpr bool kTiles = Pairs;
+#else
+  static constexpr bool kTiles = false;
+#endif
+  // Columns of a table that are multiplied at a time, at least, and queries.
+  static constexpr int64_t kGroup = kTiles ? 32 : Vec::N, kTogether = kTiles ? 32 : kRows;
   static constexpr bool kScaled = true;
+  const AttentionArgs &a;
+  const int64_t depth;  // words of a row
+  const float slope;
 
   // A table's rows that the item reaches, packed, and by distance the column of it that a pair reads.
   struct Side {
@@ -38,7 +44,8 @@ template <typename T, bool Pairs> struct DisentangledTerms {
   bool stepwise = true;  // a distance more is at most a row more
 
   DisentangledTerms(const AttentionArgs &args, float *, float *, int64_t)
-      : a(args), depth(Pairs ? (args.head_dim + 1) / 2 : args.head_dim), slope(float(double(args.scale) * kLog2e)) {
+      : a(args), depth(kTiles ? round_up(args.head_dim, 32) / 2 : Pairs ? (args.head_dim + 1) / 2 : args.head_dim),
+        slope(float(double(args.scale) * kLog2e)) {
     for (int64_t i = 0; i < 2 * a.bucket_reach; i++) stepwise = stepwise && a.buckets[i + 1] - a.buckets[i] <= 1;
   }
 
@@ -55,19 +62,17 @@ template <typename T, bool Pairs> struct DisentangledTerms {
     least = query_place(0) - key_place(item.keys - 1), most = query_place(item.rows - 1) - key_place(0);
     in_line = BiasTerms::consecutive(item.q_places, item.rows) && BiasTerms::consecutive(item.k_places, item.keys);
     const int64_t low = row_of(least), columns = row_of(most) - low + 1, distances = most - least + 1;
-    const int64_t room = round_up(columns, Vec::N);
-    const bool bounded = in_line && stepwise;
-    query_stride = bounded || room < kQueryReach ? kQueryReach : room;
-    key_stride = bounded || room < kKeyReach ? kKeyReach : room;
+    const int64_t room = round_up(columns, kGroup);
+    query_stride = reach(block_keys() + kTogether, room), key_stride = reach(kSpreadRows + Vec::N, room);
     float *falling, *rising;
     carve<DisentangledTerms>({{&keys.packed, a.position_keys ? room * depth : 0},
                               {&queries.packed, a.position_queries ? room * depth : 0},
                               {&falling, distances + Vec::N},
                               {&rising, distances + Vec::N},
                               {&block, kSpreadRows * kPanelStride},
-                              {&by_query, kRows * query_stride},
+                              {&by_query, kTogether * query_stride},
                               {&by_key, Vec::N * key_stride},
-                              {&words, kRows * kPanelStride}});
+                              {&words, kTiles ? kTogether * depth : kRows * kPanelStride}});
     keys.column = reinterpret_cast<int32_t *>(falling), queries.column = reinterpret_cast<int32_t *>(rising);
     for (int64_t x = 0; x < distances; x++) {
       queries.column[x] = int32_t(row_of(least + x) - low);
@@ -83,9 +88,30 @@ template <typename T, bool Pairs> struct DisentangledTerms {
     pack(static_cast<const T *>(a.position_queries), table * item.head + low * row, row, queries);
   }
 
+  int64_t block_keys() const {
+#if defined(CLINFAST_AMX)
+    if (kTiles && item.note_rows >= kAmxFewestQueries) return kAmxKeys;
+#endif
+    return kBlockKeys;
+  }
+
+  // Floats a row of products, for so many distances, which begin and end within a group: an odd number of cache lines.
+  int64_t reach(int64_t distances, int64_t room) const {
+    const int64_t enough = distances + 2 * kGroup, floats = (in_line && stepwise) || room < enough ? enough : room;
+    return floats / 32 * 32 + 48;
+  }
+
   void pack(const T *tables, int64_t first, int64_t step, const Side &side) const {
-    for (int64_t c = 0; tables && c < side.columns; c += kTileKeys) {
+    constexpr int64_t kStep = kTiles ? kGroup : kTileKeys;
+    for (int64_t c = 0; tables && c < side.columns; c += kStep) {
       const int64_t rest = side.columns - c;
+#if defined(CLINFAST_AMX)
+      if constexpr (kTiles) {
+        pack_key_group(tables + first + c * step, step, rest < kStep ? rest : kStep, a.head_dim, depth,
+                       side.packed + c * depth);
+        continue;
+      }
+#endif
       pack_keys<Pairs>(tables + first + c * step, step, rest < kTileKeys ? rest : kTileKeys, a.head_dim,
                        side.packed + c * depth);
     }
@@ -117,10 +143,37 @@ template <typename T, bool Pairs> struct DisentangledTerms {
     }
   }
 
+#if defined(CLINFAST_AMX)
+  // The same for M * 16 rows, those that are not there included: a row's products are its own.
+  template <int M>
+  void multiply_tiles(const T *left, const float *right, int64_t count, float *out, int64_t stride) const {
+    for (int64_t c = 0; c < count; c += kGroup, right += kGroup * depth) {
+      zero_sums<M>();
+      for (int64_t d = 0; d < depth; d += kAmxRows)
+        multiply_add_sums<M>(left + 2 * d, left + kAmxRows * 2 * depth + 2 * d, depth * 4, right + d * kGroup,
+                             right + d * kGroup + 16, kGroup * 4);
+      store_sums<M>(out + c, stride);
+    }
+  }
+#endif
+
   // `rows` of q or k by the columns [first, last] of a side. Returns the column that out begins with.
   int64_t products(const T *from, int64_t token_stride, int64_t rows, const Side &side, int64_t first, int64_t last,
                    float *out, int64_t stride) const {
-    const int64_t begin = first / Vec::N * Vec::N, count = round_up(last + 1 - begin, Vec::N);
+    const int64_t begin = first / kGroup * kGroup, count = round_up(last + 1 - begin, kGroup);
+#if defined(CLINFAST_AMX)
+    if constexpr (kTiles) {
+      T *left = reinterpret_cast<T *>(words);
+      for (int64_t row = 0; row < rows; row++) {
+        memcpy(left + row * 2 * depth, from + row * token_stride, size_t(a.head_dim) * sizeof(T));
+        memset(left + row * 2 * depth + a.head_dim, 0, size_t(2 * depth - a.head_dim) * sizeof(T));
+      }
+      amx_memory_written();
+      if (rows > kAmxRows) multiply_tiles<2>(left, side.packed + begin * depth, count, out, stride);
+      else multiply_tiles<1>(left, side.packed + begin * depth, count, out, stride);
+      return begin;
+    }
+#endif
     for (int64_t row = 0; row < rows; row += kRows)
       with_constant<kRows>(rows - row < kRows ? rows - row : kRows, [&](auto m) {
         pack_queries<Pairs>(from + row * token_stride, token_stride, decltype(m)::value, a.head_dim, words);
@@ -174,12 +227,13 @@ template <typename T, bool Pairs> struct DisentangledTerms {
       else memset(block, 0, size_t(rows * kPanelStride) * sizeof(float));
     }
     float *at = block + (row - block_row) * kPanelStride;
-    for (int64_t group = 0; group < count; group += kRows)
-      add_by_queries(row + group, count - group < kRows ? count - group : kRows, key, keys, at + group * kPanelStride);
+    for (int64_t group = 0; group < count; group += kTogether)
+      add_by_queries(row + group, count - group < kTogether ? count - group : kTogether, key, keys,
+                     at + group * kPanelStride);
     return {at, kPanelStride, slope};
   }
 
-  // sums = (sums + the products of at most kRows queries) * slope.
+  // sums = (sums + the products of at most kTogether queries) * slope.
   void add_by_queries(int64_t row, int64_t rows, int64_t key, int64_t count, float *sums) {
     int64_t begin = 0;
     if (a.position_keys) {
