@@ -36,9 +36,9 @@ FIELDS = {
 }
 # Whose stock forward lets padded positions look at everything, hence not served with padding="keep".
 NO_PADDING = ("deberta-v2",)
-NOT_IN_DISTILBERT = {
-    "eps": {"layer_norm_eps": 0.3},
-    "three-types": {"type_vocab_size": 3},
+NOT_EVERYWHERE = {
+    "eps": ({"layer_norm_eps": 0.3}, ("distilbert",)),
+    "three-types": ({"type_vocab_size": 3}, ("distilbert", "mpnet")),
 }
 OWN = {
     "roberta": {
@@ -85,7 +85,10 @@ OWN = {
     "xlm-roberta-xl": {"pad-3": {"pad_token_id": 3}},
 }
 # XLM-RoBERTa and CamemBERT share RoBERTa's reader, so their own classes are run, and the fields are RoBERTa's to vary.
-VARIED = {family: FIELDS | ({} if family == "distilbert" else NOT_IN_DISTILBERT) | own for family, own in OWN.items()}
+VARIED = {
+    family: FIELDS | {name: fields for name, (fields, without) in NOT_EVERYWHERE.items() if family not in without} | own
+    for family, own in OWN.items()
+}
 FIELD_CASES = [(family, head, name) for family, head in PAIRS for name in VARIED.get(family, ())]
 DTYPES = [torch.float32, torch.bfloat16]
 
