@@ -54,7 +54,7 @@ def check(args, call=compiled):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [1, 33, 64, 80, 256])
 def test_matches_reference(isa, head_dim, dtype):
-    check(disentangled(case([64, 1, 5, 130], 2, head_dim, dtype), 16, 16, 64))
+    check(disentangled(case([37, 1, 70], 1, head_dim, dtype), 16, 16, 64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,18 +66,18 @@ def test_matches_reference(isa, head_dim, dtype):
 )  # fmt: skip
 def test_tables(isa, tables, dtype):
     """Distances with rows of their own, in log buckets, and beyond the tables."""
-    check(disentangled(case([150, 7, 97], 2, 32, dtype), **tables))
+    check(disentangled(case([150, 7], 1, 32, dtype), **tables))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_long_note_among_short_ones(isa, dtype):
     """More keys than a block, more queries than an item."""
-    check(disentangled(case([3, 1100, 40], 1, 64, dtype), 256, 256, 512))
+    check(disentangled(case([3, 800, 40], 1, 32, dtype), 64, 64, 512))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_first_token_queries_over_all_keys(isa, dtype):
-    check(disentangled(case([1, 1, 1, 1], 4, 64, dtype, k_lengths=[513, 1, 40, 129]), 64, 64, 512))
+    check(disentangled(case([1, 1, 1, 1], 2, 64, dtype, k_lengths=[513, 1, 40, 129]), 64, 64, 512))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -88,7 +88,7 @@ def test_any_scale(isa, scale, dtype):
     check(disentangled(args))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     notes=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 70), st.floats(0, 1)), max_size=5),
     heads=st.integers(1, 4),
@@ -153,8 +153,8 @@ def test_empty_tables_are_plain_attention(isa, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_note_has_the_same_bits_in_any_batch(isa, dtype):
-    lengths = [5, 200, 64, 1, 390]
-    args = disentangled(case(lengths, 3, 64, dtype), 64, 64, 128)
+    lengths = [5, 130, 64, 1, 290]
+    args = disentangled(case(lengths, 2, 64, dtype), 64, 64, 128)
     q, k, v, cu_seqlens, *_ = args
     with threads(1):
         whole = compiled(*args)
@@ -207,7 +207,7 @@ def test_buckets_are_stocks(sizes):
 
     span, position_buckets, reach = sizes
     buckets = op.log_buckets(*sizes)
-    for tokens in (5, 100, 2 * reach + 3):
+    for tokens in (5, 100, reach + 3):
         x = torch.zeros(1, tokens, 8)
         found = build_relative_position(x, x, position_buckets or -1, reach if position_buckets else -1)[0]
         places = torch.arange(tokens)
