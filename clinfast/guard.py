@@ -52,7 +52,7 @@ MODE = Reason("a torch dispatch or function mode is active", "leave it to get th
 FUNCTORCH = Reason("a torch.func transform is active", "call the model outside of it to get the fast path")
 ODD_MASK = Reason(
     "attention_mask holds values other than 0 and 1",
-    "this version of transformers gives them a meaning of their own; pass attention_mask.bool()",
+    "this model or version of transformers gives them a meaning of their own; pass attention_mask.bool()",
 )
 CLASS_CHANGED = Reason("the model's class or its forward was changed after optimize()", "optimize() it again")
 TWICE = Reason("an argument is given twice, or there are too many", "pass the inputs by name")
@@ -92,9 +92,10 @@ class Guard:
         self.inference_only = inference_only
         self.columns = match.encoder.max_seqlen
         self.head = match.head
-        # A family without token types ignores them where its forward takes any argument.
-        self.ignored = {"token_type_ids"} if self.takes_any and not match.encoder.type_vocab_size else set()
-        self.zero_or_one = _transformers_is_four()
+        # A family without token types ignores them where its forward takes them.
+        knows_types = self.takes_any or "token_type_ids" in self.names
+        self.ignored = {"token_type_ids"} if knows_types and not match.encoder.type_vocab_size else set()
+        self.zero_or_one = match.zero_or_one or _transformers_is_four()
         self.parameters = [ref.module._parameters for ref in match.parameters.values()]
         self.word = match.parameters["embedding.word.weight"].module._parameters
         self.snapshot = Snapshot(module, match)
@@ -171,12 +172,12 @@ class Guard:
                 ids = value
             elif name == "attention_mask":
                 mask = value
+            elif name in self.ignored:
+                continue
             elif name == "token_type_ids" and name in self.names:
                 types = value
             elif name == POSITIONS and self.head.selectable:
                 positions = value
-            elif name in self.ignored:
-                continue
             elif name not in self.names and not self.takes_any:
                 return UNKNOWN
             elif value is not None and (name not in HARMLESS or value is not HARMLESS[name]):

@@ -66,6 +66,73 @@ void check_used(const int32_t *seqused_k, const int32_t *cu_seqlens_k, int64_t b
   }
 }
 
+void check_buckets(const int32_t *buckets, int64_t count, int64_t rows) {
+  for (int64_t i = 0; i < count; i++)
+    if (buckets[i] < 0 || buckets[i] >= rows || (i && buckets[i] < buckets[i - 1]))
+      throw py::value_error("attention_disentangled: buckets[" + std::to_string(i) + "] is " +
+                            std::to_string(buckets[i]) + "; buckets must lie within the " + std::to_string(rows) +
+                            " rows of the tables and not decrease");
+}
+
+void check_places(const std::string &name, const int32_t *places, const int32_t *cu_seqlens, int64_t batch) {
+  static constexpr int64_t kWidest = int64_t(1) << 24;
+  for (int64_t note = 0; places && note < batch; note++) {
+    for (int64_t i = cu_seqlens[note] + 1; i < cu_seqlens[note + 1]; i++)
+      if (places[i] <= places[i - 1] || int64_t(places[i]) - places[cu_seqlens[note]] > kWidest)
+        throw py::value_error("attention_disentangled: " + name + "[" + std::to_string(i) + "] is " +
+                              std::to_string(places[i]) + "; within a note places must rise, by at most " +
+                              std::to_string(kWidest) + " in all");
+  }
+}
+
+void attention_disentangled(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t q_token_stride,
+                            int64_t q_head_stride, int64_t k_token_stride, int64_t k_head_stride,
+                            int64_t v_token_stride, int64_t v_head_stride, int64_t out_token_stride,
+                            int64_t out_head_stride, uintptr_t cu_seqlens_q, uintptr_t cu_seqlens_k,
+                            uintptr_t seqused_k, int64_t batch, int64_t num_heads, int64_t head_dim, float scale,
+                            int dtype, int num_threads, int64_t q_tokens, int64_t k_tokens, uintptr_t position_keys,
+                            uintptr_t position_queries, uintptr_t buckets, int64_t bucket_reach, int64_t position_rows,
+                            uintptr_t q_places, uintptr_t k_places) {
+  const AttentionArgs args{pointer<void>(q),
+                           pointer<void>(k),
+                           pointer<void>(v),
+                           pointer<void>(out),
+                           q_token_stride,
+                           q_head_stride,
+                           k_token_stride,
+                           k_head_stride,
+                           v_token_stride,
+                           v_head_stride,
+                           out_token_stride,
+                           out_head_stride,
+                           pointer<int32_t>(cu_seqlens_q),
+                           pointer<int32_t>(cu_seqlens_k),
+                           pointer<int32_t>(seqused_k),
+                           batch,
+                           num_heads,
+                           head_dim,
+                           scale,
+                           DType(dtype),
+                           num_threads,
+                           nullptr,
+                           0,
+                           pointer<int32_t>(q_places),
+                           pointer<int32_t>(k_places),
+                           pointer<void>(position_keys),
+                           pointer<void>(position_queries),
+                           pointer<int32_t>(buckets),
+                           bucket_reach,
+                           position_rows};
+  check_boundaries("cu_seqlens_q", args.cu_seqlens_q, batch, q_tokens);
+  check_boundaries("cu_seqlens_k", args.cu_seqlens_k, batch, k_tokens);
+  check_used(args.seqused_k, args.cu_seqlens_k, batch);
+  check_buckets(args.buckets, 2 * bucket_reach + 1, position_rows);
+  check_places("q_places", args.q_places, args.cu_seqlens_q, batch);
+  check_places("k_places", args.k_places, args.cu_seqlens_k, batch);
+  py::gil_scoped_release release;
+  kernels().attention(args);
+}
+
 void attention_biased(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t q_token_stride,
                       int64_t q_head_stride, int64_t k_token_stride, int64_t k_head_stride, int64_t v_token_stride,
                       int64_t v_head_stride, int64_t out_token_stride, int64_t out_head_stride, uintptr_t cu_seqlens_q,
@@ -224,11 +291,13 @@ void linear_pack(uintptr_t weight, int64_t stride, int64_t in_features, int64_t 
 void encoder(uintptr_t layers, uintptr_t x, uintptr_t workspace, uintptr_t cu_seqlens, uintptr_t seqused_k,
              int64_t num_layers, int64_t tokens, int64_t batch, int64_t num_heads, int64_t head_dim,
              int64_t intermediate, float scale, float eps, int activation, bool pre_norm, int dtype, int table,
-             int num_threads, uintptr_t bias, int64_t bias_reach, uintptr_t places) {
+             int num_threads, uintptr_t bias, int64_t bias_reach, uintptr_t places, uintptr_t buckets,
+             int64_t bucket_reach, int64_t position_rows) {
   const EncoderArgs args{pointer<LayerWeights>(layers), pointer<void>(x), pointer<void>(workspace),
                          pointer<int32_t>(cu_seqlens), pointer<int32_t>(seqused_k), num_layers, tokens, batch,
                          num_heads, head_dim, intermediate, scale, eps, Activation(activation), pre_norm,
-                         DType(dtype), num_threads, pointer<float>(bias), bias_reach, pointer<int32_t>(places)};
+                         DType(dtype), num_threads, pointer<float>(bias), bias_reach, pointer<int32_t>(places),
+                         pointer<int32_t>(buckets), bucket_reach, position_rows};
   py::gil_scoped_release release;
   table_of(table)->encoder(args);
 }
@@ -251,6 +320,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("available_isas", &isas);
   m.def("attention", &attention);
   m.def("attention_biased", &attention_biased);
+  m.def("attention_disentangled", &attention_disentangled);
   m.def("layer_norm", &layer_norm);
   m.def("embedding", &embedding);
   m.def("gelu", &gelu);

@@ -20,6 +20,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "albert": ("Albert", {"embedding_size": 40}),
     "ernie": ("Ernie", {"use_task_id": True}),
     "megatron-bert": ("MegatronBert", {}),
+    "deberta-v2": (
+        "DebertaV2",
+        {
+            "relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 8, "share_att_key": True,
+            "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
+        },
+    ),
     "mpnet": ("MPNet", {}),
     "roberta-prelayernorm": ("RobertaPreLayerNorm", {"pad_token_id": 1, "type_vocab_size": 1}),
     "xlm-roberta-xl": ("XLMRobertaXL", {"pad_token_id": 1, "type_vocab_size": 1}),

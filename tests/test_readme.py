@@ -32,6 +32,7 @@ HEADS = {
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 96,
     "max_position_embeddings": 40,
+    "relative_attention": True, "pos_att_type": "p2c|c2p",
     "dim": 64, "n_heads": 2, "n_layers": 2, "hidden_dim": 96, "embedding_size": 32,
 }  # fmt: skip
 

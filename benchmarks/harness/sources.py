@@ -17,6 +17,7 @@ TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "spec
 RECIPE = 3
 QUERIES_AND_KEYS = (
     ".query.weight", ".key.weight", ".q_lin.weight", ".k_lin.weight", ".attn.q.weight", ".attn.k.weight",
+    ".query_proj.weight", ".key_proj.weight",
 )  # fmt: skip
 LARGER_VOCABULARY = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 
@@ -52,6 +53,16 @@ RANDOM = {
     # BioMegatron's and GatorTron-base's shape.
     "megatron-bert-345m": Random(
         "MegatronBertModel", "MegatronBertConfig", {"hidden_act": "gelu_new", "max_position_embeddings": 512}
+    ),
+    "deberta-v3-base": Random(
+        "DebertaV2Model",
+        "DebertaV2Config",
+        {
+            "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "intermediate_size": 3072, "max_position_embeddings": 512, "relative_attention": True,
+            "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": "p2c|c2p",
+            "position_biased_input": False, "type_vocab_size": 0, "layer_norm_eps": 1e-7,
+        },
     ),
     "distilbert-qa": Random("DistilBertForQuestionAnswering", "DistilBertConfig"),
 }
@@ -116,6 +127,7 @@ MODELS = {
     "albert-base": Timed(("fp32",), tuple(CELLS)),
     "mpnet-base": Timed(PRECISIONS, tuple(CELLS)),
     "megatron-bert-345m": Timed(("fp32",), tuple(CELLS)),
+    "deberta-v3-base": Timed(PRECISIONS, tuple(CELLS)),
 }
 
 

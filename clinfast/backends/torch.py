@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clinfast.ops import attention_biased as biased
+from clinfast.ops.attention_disentangled import position_scores, rows_of
 from clinfast.ops.linear import activate
 from clinfast.ops.packing import PackedBuffers, PackInto
 
@@ -247,6 +248,49 @@ def attention(
     return out
 
 
+# Queries whose position scores are in memory at a time.
+SCORED_ROWS = 256
+
+
+def attention_disentangled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor | None,
+    scale: float,
+    position_keys: Tensor | None,
+    position_queries: Tensor | None,
+    buckets: Tensor,
+    q_places: Tensor | None = None,
+    k_places: Tensor | None = None,
+) -> Tensor:
+    """Note by note, the position scores as the mask of scaled_dot_product_attention."""
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    queries, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for note in range(len(queries) - 1):
+        theirs = slice(keys[note], keys[note + 1] if seqused_k is None else keys[note] + int(seqused_k[note]))
+        if theirs.start == theirs.stop:
+            continue
+        own = slice(queries[note], queries[note + 1])
+        q_all, k_all = biased.places_of(own, q_places), biased.places_of(theirs, k_places)
+        for first in range(own.start, own.stop, SCORED_ROWS):
+            some = slice(first, min(first + SCORED_ROWS, own.stop))
+            at = rows_of(buckets, q_all[some.start - own.start : some.stop - own.start], k_all)
+            # Only rows that these distances reach are multiplied.
+            low, high = int(at.min()), int(at.max()) + 1
+            by_query, by_key = (None if t is None else t[:, low:high] for t in (position_keys, position_queries))
+            scores = position_scores(q[some], k[theirs], by_query, by_key, at - low)
+            mask = (scores * scale)[None] if isinstance(scores, Tensor) else None
+            found = functional.scaled_dot_product_attention(
+                q[some].transpose(0, 1)[None], k[theirs].transpose(0, 1)[None], v[theirs].transpose(0, 1)[None],
+                attn_mask=mask, scale=scale,
+            )  # fmt: skip
+            out[some] = found[0].transpose(0, 1)
+    return out
+
+
 # Queries that meet all the keys of a note at a time: their biases are in memory.
 BIASED_QUERIES = 128
 
@@ -291,6 +335,7 @@ def implementations() -> dict[str, Callable[..., Any]]:
         **fp8.IMPLEMENTATIONS,
         "attention": attention,
         "attention_biased": attention_biased,
+        "attention_disentangled": attention_disentangled,
         "embedding": embedding,
         "gelu": gelu,
         "layer_norm": layer_norm,

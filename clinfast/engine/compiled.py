@@ -97,7 +97,10 @@ def _encode(
         packed = _find(call, facts, weights)
         try:
             out = run(executor, packed, facts.head, request, facts.padding, dtype)
-        except NotServed:  # a masked column 0, which stock reads all the same; a traced call cannot go back to stock
+        except NotServed as reason:
+            if facts.spec.disentangled is not None:
+                raise ValueError(f"{reason}: {facts.spec.family} does not serve that under torch.compile") from None
+            # A masked column 0, which stock reads all the same; a traced call cannot go back to stock.
             out = run(executor, packed, facts.head, request, facts.padding, dtype, column_zero=True)
     return [x for x in (out.hidden_states, *out.branches) if x is not None]
 

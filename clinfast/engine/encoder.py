@@ -39,6 +39,11 @@ class Encoder:
         self.refs = [
             match.parameters[name] for name in self.spec.parameter_names() + self.head.parameter_names()
         ]
+        if padding == "keep" and self.spec.disentangled is not None:
+            raise Unsupported(
+                f"padding='keep' is not served for {self.spec.family}, whose stock forward lets padded positions look "
+                "at everything; pass padding='remove'"
+            )
         first = self.refs[0].tensor()
         if first.device.type not in SERVED:
             raise Unsupported(f"the model is on {first.device}; models on {' and '.join(SERVED)} are served")
@@ -144,6 +149,9 @@ class Encoder:
                 if self.spec.relative_buckets:
                     name = "attention_biased.fixed"
                     executor.attention_biased = registry.implementation(name, self.backend, device)
+                if self.spec.disentangled is not None:
+                    name = "attention_disentangled.fixed"
+                    executor.attention_disentangled = registry.implementation(name, self.backend, device)
                 registry.implementation("linear.prepack_fixed", self.backend, device)
         except RuntimeError:
             wanted = "precision='fp8'" if kind == "fp8" else "reproducible=True"

@@ -13,6 +13,46 @@ HeadActivation = Literal["none", "gelu", "gelu_tanh", "relu", "tanh"]
 
 LAYER_LINEARS = ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
 LAYER_NORMS = ("attention_norm", "output_norm")
+# Columns where nothing bounds them: positions are int32, and a batch has several notes.
+ANY_LENGTH = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Disentangled:
+    """DeBERTa's attention by relative positions: see `ops.attention_disentangled`.
+
+    Its tables are made when weights are packed, from `relative.table.weight` [2 span, hidden_size] through a projection
+    of each layer: `position_key` and `position_query` of its own, or `key` and `query` where they are shared.
+
+    Args:
+        terms: `"c2p"` is a query by a position's key, `"p2c"` a key by a position's query.
+        position_buckets, max_relative_positions: as in `ops.attention_disentangled.log_buckets`.
+        shared: the layers project with their own `key` and `query`.
+        key_bias: whether `position_key` has a bias.
+        norm: the table passes a LayerNorm first, `relative.norm`.
+    """
+
+    terms: tuple[str, ...]
+    span: int
+    position_buckets: int
+    max_relative_positions: int
+    shared: bool = False
+    key_bias: bool = True
+    norm: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "terms", tuple(self.terms))
+
+    def parameter_names(self, layers: int) -> list[str]:
+        names = ["relative.table.weight"]
+        if self.norm:
+            names += ["relative.norm.weight", "relative.norm.bias"]
+        for i in () if self.shared else range(layers):
+            if "c2p" in self.terms:
+                names += [f"layers.{i}.position_key.{kind}" for kind in ("weight", "bias")[: 1 + self.key_bias]]
+            if "p2c" in self.terms:
+                names += [f"layers.{i}.position_query.{kind}" for kind in ("weight", "bias")]
+        return names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +76,9 @@ class EncoderSpec:
         layer_weights: for each layer the number of the weights that it uses, from 0 on, where layers share them; () is
             a set for each layer.
         task_type_vocab_size: rows of a table whose first is added to every token's embedding; 0 where there is none.
+        disentangled: what attention adds to its scores; None is plain attention.
+        positions_in_embedding: False where the embedding has no positions; `max_positions` is then 0, and no length too
+            long.
         relative_buckets: buckets of relative distances (`engine.relative_bias`), each with a bias for every head, which
             all layers add to their scores; 0 where there are none.
         relative_max_distance: from here on distances share the last bucket.
@@ -62,6 +105,8 @@ class EncoderSpec:
     pre_norm: bool = False
     layer_weights: tuple[int, ...] = ()
     task_type_vocab_size: int = 0
+    disentangled: Disentangled | None = None
+    positions_in_embedding: bool = True
     relative_buckets: int = 0
     relative_max_distance: int = 128
     relative_rows: int = 0
@@ -95,6 +140,8 @@ class EncoderSpec:
     @property
     def max_seqlen(self) -> int:
         """Columns that the position table serves."""
+        if not self.positions_in_embedding:
+            return ANY_LENGTH
         return self.max_positions - self.position_offset
 
     @property
@@ -104,7 +151,9 @@ class EncoderSpec:
 
     def parameter_names(self) -> tuple[str, ...]:
         """Canonical names of the encoder's weights, in the order in which they are passed around."""
-        names = ["embedding.word.weight", "embedding.position.weight"]
+        names = ["embedding.word.weight"]
+        if self.positions_in_embedding:
+            names.append("embedding.position.weight")
         if self.type_vocab_size:
             names.append("embedding.token_type.weight")
         if self.task_type_vocab_size:
@@ -120,19 +169,24 @@ class EncoderSpec:
                 names += [f"layers.{i}.{stem}.weight", f"layers.{i}.{stem}.bias"]
         if self.pre_norm:
             names += ["final_norm.weight", "final_norm.bias"]
+        if self.disentangled is not None:
+            names += self.disentangled.parameter_names(self.num_weights)
         return tuple(names)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight by canonical name."""
         hidden, inner, width = self.hidden_size, self.intermediate_size, self.embedding_size
-        linears = dict.fromkeys(LAYER_LINEARS, (hidden, hidden))
+        linears = dict.fromkeys((*LAYER_LINEARS, "position_key", "position_query"), (hidden, hidden))
         linears |= {"ffn_in": (inner, hidden), "ffn_out": (hidden, inner), "projection": (hidden, width)}
         tables = {"word": self.vocab_size, "position": self.max_positions, "token_type": self.type_vocab_size}
         tables["task_type"] = self.task_type_vocab_size
         shapes: dict[str, tuple[int, ...]] = {}
         for name in self.parameter_names():
             *_, stem, kind = name.split(".")
-            if stem == "relative_bias":
+            if name == "relative.table.weight":
+                assert self.disentangled is not None
+                shapes[name] = (2 * self.disentangled.span, hidden)
+            elif stem == "relative_bias":
                 shapes[name] = (self.relative_rows, self.num_heads)
             elif stem in tables:
                 shapes[name] = (tables[stem], width)
@@ -147,7 +201,10 @@ class EncoderSpec:
 
     @classmethod
     def from_json(cls, text: str) -> EncoderSpec:
-        return cls(**json.loads(text))
+        facts = json.loads(text)
+        if facts["disentangled"] is not None:
+            facts["disentangled"] = Disentangled(**facts["disentangled"])
+        return cls(**facts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +316,8 @@ class Match(NamedTuple):
     `parameters` has exactly the names of `encoder.parameter_names() + head.parameter_names()`. `build_output` turns an
     `EncoderOutput` and its `Request` into the stock output class; `per_token` names the fields of it that are
     [B, S, ...]. `constants` are attributes of live submodules and configs that are part of the arithmetic, such
-    as `LayerNorm.eps`: the guard reads them again at every call.
+    as `LayerNorm.eps`: the guard reads them again at every call. `zero_or_one`: a mask with other values than these two
+    means something of its own to stock.
     """
 
     encoder: EncoderSpec
@@ -268,6 +326,7 @@ class Match(NamedTuple):
     build_output: Any
     per_token: tuple[str, ...] = ()
     constants: tuple[tuple[Any, str], ...] = ()
+    zero_or_one: bool = False
 
 
 class Request(NamedTuple):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from clinfast.backends.cpu import sampling as samplers
 from clinfast.engine import relative_bias
 from clinfast.engine.spec import EncoderSpec, HeadSpec, ParameterRef, Unsupported
 from clinfast.ops import registry
+from clinfast.ops.attention_disentangled import log_buckets
 from clinfast.ops.linear import PackedLinear, prepack
 
 SAMPLES_PER_TENSOR = 4
@@ -22,7 +25,8 @@ SAMPLES_PER_TENSOR = 4
 @dataclasses.dataclass(frozen=True)
 class PackedLayer:
     """`qkv` makes [T, 3H] at once; where only first tokens are asked for, `query` and `key_value` come apart, unless
-    other layers share the weights. `bias` [heads, 2 R + 1] is added to its scores by distance, where there is one."""
+    other layers share the weights. `bias` [heads, 2 R + 1] is added to its scores by distance, where there is one;
+    `position_keys` and `position_queries` [heads, R, head_dim] are the tables of `ops.attention_disentangled`."""
 
     qkv: PackedLinear | None
     query: PackedLinear | None
@@ -32,6 +36,8 @@ class PackedLayer:
     ffn_in: PackedLinear
     ffn_out: PackedLinear
     output_norm: tuple[Tensor, Tensor]
+    position_keys: Tensor | None = None
+    position_queries: Tensor | None = None
     bias: Tensor | None = None
 
 
@@ -57,6 +63,7 @@ class PackedWeights:
     last: PackedLayer | None
     final_norm: tuple[Tensor, Tensor] | None
     fused: Any
+    buckets: Tensor | None
     branches: tuple[tuple[PackedDense, ...], ...]
     dtype: torch.dtype
     nbytes: int
@@ -110,6 +117,11 @@ def pack_weights(
         copied.append(copy.nbytes)
         return copy
 
+    def no_positions() -> Tensor:
+        """Zeros for every position, in the memory of one."""
+        word = table("embedding.word")
+        return word.new_zeros(1, word.shape[1]).expand(spec.max_seqlen, -1)
+
     def token_types() -> Tensor | None:
         if not spec.type_vocab_size:
             return None
@@ -144,9 +156,37 @@ def pack_weights(
             ffn_in=linear(at + "ffn_in"),
             ffn_out=linear(at + "ffn_out"),
             output_norm=norm(at + "output_norm"),
+            position_keys=position_table(at, "key", "c2p"),
+            position_queries=position_table(at, "query", "p2c"),
             bias=bias,
         )
 
+    def position_table(at: str, name: str, term: str) -> Tensor | None:
+        if relative is None or term not in relative.terms:
+            return None
+        stem = at + (name if relative.shared else f"position_{name}")
+        rows, weight = relative_rows(), tensors[f"{stem}.weight"].detach()
+        bias = tensors.get(f"{stem}.bias")
+        made = functional.linear(rows, weight.to(rows.dtype), None if bias is None else bias.detach().to(rows.dtype))
+        made = made.view(-1, spec.num_heads, spec.head_dim).transpose(0, 1).to(dtype).contiguous()
+        copied.append(made.nbytes)
+        return made
+
+    @functools.cache
+    def relative_rows() -> Tensor:
+        assert relative is not None
+        rows = tensors["relative.table.weight"].detach()
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if not relative.norm:
+            return rows
+        weight, bias = (tensors[f"relative.norm.{kind}"].detach().to(rows.dtype) for kind in ("weight", "bias"))
+        return functional.layer_norm(rows, rows.shape[-1:], weight, bias, spec.eps)
+
+    device, relative = tensors["embedding.word.weight"].device, spec.disentangled
+    buckets = None
+    if relative is not None:
+        sizes = relative.span, relative.position_buckets, relative.max_relative_positions
+        buckets = log_buckets(*sizes).to(device)
     prunes = head.only_first_tokens
     sets = [
         layer(i, split=prunes and i == spec.layer_weights[-1] and spec.layer_weights.count(i) == 1)
@@ -156,14 +196,15 @@ def pack_weights(
     whole = layers[:-1] if prunes else layers
     return PackedWeights(
         word=table("embedding.word"),
-        position=table("embedding.position"),
+        position=table("embedding.position") if spec.positions_in_embedding else no_positions(),
         token_type=token_types(),
         embedding_norm=norm("embedding.norm") if spec.embedding_norm else (None, None),
         embedding_projection=linear("embedding.projection") if spec.projects_embedding else None,
         layers=tuple(whole),
         last=layers[-1] if prunes else None,
         final_norm=norm("final_norm") if spec.pre_norm else None,
-        fused=_fuse(whole, backend, tensors["embedding.word.weight"].device),
+        fused=_fuse(whole, backend, device, buckets),
+        buckets=buckets,
         branches=tuple(
             tuple(
                 PackedDense(linear(dense.name), None if dense.eps is None else norm(f"{dense.name}.norm"))
@@ -187,13 +228,15 @@ def _check(spec: EncoderSpec, head: HeadSpec, tensors: dict[str, Tensor]) -> Non
             raise Unsupported(f"the weight {name} is not of the model's one dtype and device any more")
 
 
-def _fuse(layers: list[PackedLayer], backend: str, device: torch.device) -> Any:
+def _fuse(layers: list[PackedLayer], backend: str, device: torch.device, buckets: Tensor | None) -> Any:
     make = registry.optional("encoder_layers", backend, device.type)
     parts = [
         (layer.qkv, layer.attention_output, layer.attention_norm, layer.ffn_in, layer.ffn_out, layer.output_norm)
         for layer in layers
     ]
-    return None if make is None else make(parts)
+    if make is None or buckets is None:
+        return None if make is None else make(parts)
+    return make(parts, [(layer.position_keys, layer.position_queries) for layer in layers], buckets)
 
 
 class Fingerprint:

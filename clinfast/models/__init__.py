@@ -27,6 +27,7 @@ FAMILIES = {
     "transformers.models.megatron_bert.modeling_megatron_bert": "clinfast.models.megatron_bert",
     "transformers.models.mpnet.modeling_mpnet": "clinfast.models.mpnet",
     "transformers.models.roberta_prelayernorm.modeling_roberta_prelayernorm": "clinfast.models.roberta",
+    "transformers.models.deberta_v2.modeling_deberta_v2": "clinfast.models.deberta_v2",
     "transformers.models.xlm_roberta_xl.modeling_xlm_roberta_xl": "clinfast.models.roberta",
 }
 

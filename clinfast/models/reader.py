@@ -97,6 +97,14 @@ class Reader:
         eps = None if norm is None else self.norm(f"{name}.norm", norm[1], norm[0], outputs)
         return Dense(name, inputs, outputs, activation, eps)
 
+    def tied(self, name: str, table: Any, owner: Any, path: str, inputs: int) -> Dense:
+        """A decoder whose weight is the embedding `table`, and whose bias is `owner`'s."""
+        outputs = checks.embedding(table, path, inputs).weight.shape[0]
+        checks.parameter(owner, path, "bias", (outputs,))
+        self.parameters[f"{name}.weight"] = ParameterRef(table, "weight")
+        self.parameters[f"{name}.bias"] = ParameterRef(owner, "bias")
+        return Dense(name, inputs, outputs)
+
     def same_layers(self, layers: list[dict[str, Any]], path: str) -> dict[str, Any]:
         """What all layers have in common, which must be everything."""
         for i, layer in enumerate(layers):

@@ -61,7 +61,7 @@ TABLE: tuple[Choice, ...] = (
         ("attention",), "cuda", "both use mma.sync; ours takes a note of 128 keys in one pass and needs no table of "
         "tiles", HALF,
     ),
-    Choice(("attention_biased",), "triton", "the CUDA kernels take no bias"),
+    Choice(("attention_biased", "attention_disentangled"), "triton", "the CUDA kernels add nothing to the scores"),
     Choice(("attention",), "cuda", "both are fp32 multiply-adds; ours is there without a compiler", FULL),
     Choice(
         ("pack", "pack.into", "position_ids", "unpack", "embedding", "layer_norm", "gelu", "pooling"), "cuda",

@@ -109,6 +109,14 @@ def biased(tiles: Attention, itemsize: int, head_dim: int) -> Attention:
     return tiles._replace(block_n=min(tiles.block_n, 32), num_warps=warps, registers=0)
 
 
+def disentangled(itemsize: int, head_dim: int) -> tuple[Attention, int]:
+    """Tiles of attention with DeBERTa's terms, and table rows a turn, which hold all distances of a tile."""
+    # The largest that spill no registers; tiles of 64 x 64 spill 32 to 160 bytes a thread.
+    if itemsize == 2 and head_dim <= 128:
+        return Attention(32, 32, 4 if head_dim <= 64 else 8, 1), 64
+    return Attention(16, 16, 4 if itemsize == 2 or head_dim <= 64 else 8, 1), 32
+
+
 @functools.cache
 def linear(of_class: int, itemsize: int, in_features: int, out_features: int, rows: int) -> Linear:
     """`rows`: how many rows there are, rounded up to a power of two by the caller."""

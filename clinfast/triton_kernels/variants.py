@@ -125,6 +125,14 @@ KERNELS = {
         "HEAD_DIM BLOCK_D BLOCK_M BLOCK_N HEADS WINDOW PRECISION",
         matrix=True,
     ),
+    "attention_disentangled_kernel": Kernel.of(
+        "attention_disentangled",
+        "q_ptr:P k_ptr:P v_ptr:P out_ptr:P tiles_ptr:p position_keys_ptr:P position_queries_ptr:P buckets_ptr:p "
+        "q_places_ptr:p k_places_ptr:p bound:i q_token:D q_head:D k_token:D k_head:D v_token:D v_head:D out_token:D "
+        "out_head:D table_rows:i reach:i qk_scale:f",
+        "HEAD_DIM BLOCK_D BLOCK_M BLOCK_N BLOCK_R PRECISION",
+        matrix=True,
+    ),
     "linear_kernel": Kernel.of(
         "linear",
         "x_ptr:P w_ptr:P bias_ptr:P residual_ptr:P out_ptr:P m:i n:D k:D x_row:D w_row:D residual_row:D out_row:D",
@@ -269,6 +277,14 @@ def _attention(of_class: int) -> Iterator[Variant]:
                     m, n, warps, stages, registers = configs.biased(configs.attention(of_class, 2, 64, kind), 2, 64)
                     constants = (head_dim, head_dim, m, n, heads, -1, "ieee")
                     yield make("attention_kernel", BIASED, constants, warps, stages, floats, (), registers)
+        yield disentangled_variant(64, floats)
+
+
+def disentangled_variant(head_dim: int, floats: str, absent: tuple[str, ...] = ()) -> Variant:
+    (m, n, warps, stages, _), r = configs.disentangled(4 if floats == "fp32" else 2, head_dim)
+    pointers = BIASED | {"buckets_ptr": "i32"}
+    constants = (head_dim, head_dim, m, n, r, "ieee")
+    return make("attention_disentangled_kernel", pointers, constants, warps, stages, floats, absent)
 
 
 def _linear(of_class: int) -> Iterator[Variant]:
@@ -320,5 +336,9 @@ def tabled(of_class: int) -> list[Variant]:
     for width in (2048, 4096, 8192):
         lines, warps = configs.rows(of_class, width)
         found.append(make("layer_norm_kernel", NORM, (lines, width), warps))
+    for head_dim, floats in ((32, "bf16"), (128, "bf16"), (256, "bf16"), (64, "fp32")):
+        found.append(disentangled_variant(head_dim, floats))
+    found.append(disentangled_variant(64, "bf16", ("position_queries_ptr",)))
+    found.append(disentangled_variant(64, "bf16", ("position_keys_ptr",)))
     known = set(shipped(of_class))
     return [variant for variant in dict.fromkeys(found) if variant not in known]

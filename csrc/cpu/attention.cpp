@@ -2,10 +2,8 @@
 // Gimelshein 2018; FlashAttention, Dao et al. 2022). A work item is a range of one note's queries at one head. Keys are
 // transposed block by block into scratch that stays in L2, six rows of scores live in L1, and the products run in
 // register tiles. Blocks start at the note's first key, so a row's arithmetic is a function of its own note alone.
-#include <cstdlib>
-
 #include "attention_amx.h"
-#include "attention_pack.h"
+#include "attention_disentangled.h"
 
 namespace clinfast {
 namespace CLINFAST_ISA {
@@ -18,7 +16,6 @@ static constexpr int64_t kPackRows = 8;
 static constexpr int64_t kSerialWork = 1 << 17;
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct Scratch {
   float *keys, *values, *queries, *scores, *weights, *out, *maximum, *sum, *line, *terms;
@@ -26,33 +23,6 @@ struct Scratch {
 
 // Wide heads take half the keys and rows at a time, to stay within L2.
 static int64_t halved(int64_t n, int64_t head_dim) { return head_dim <= kMaxHeadDim / 2 ? n : n / 2; }
-
-struct Part {
-  float **start;
-  int64_t floats;
-};
-
-// Memory of this thread for all the parts, each on a cache line; `Owner` keeps that of one user from another's.
-template <typename Owner, int N> static void carve(const Part (&parts)[N]) {
-  static thread_local struct Arena {
-    char *base = nullptr;
-    size_t bytes = 0;
-    ~Arena() { free(base); }
-  } arena;
-  size_t bytes = 0;
-  for (const Part &p : parts) bytes += size_t(round_up(p.floats, 16)) * sizeof(float);
-  if (bytes > arena.bytes) {
-    free(arena.base);
-    arena.base = static_cast<char *>(aligned_alloc(64, bytes));
-    if (!arena.base) abort();
-    arena.bytes = bytes;
-  }
-  char *at = arena.base;
-  for (const Part &p : parts) {
-    *p.start = reinterpret_cast<float *>(at);
-    at += size_t(round_up(p.floats, 16)) * sizeof(float);
-  }
-}
 
 static Scratch thread_scratch(int64_t head_dim) {
   Scratch s;
@@ -287,20 +257,26 @@ template <typename T, typename Kernel> static void attend(const AttentionArgs &a
   work<T, Kernel>(plan, next);
 }
 
-template <typename Terms> static void attend_with(const AttentionArgs &a) {
-  if (a.dtype == DType::f32) return attend<float, Attention<float, false, Terms>>(a, kRows);
-#if defined(CLINFAST_AMX)
-  attend<bf16_t, AmxOrVector<Terms>>(a, kAmxGroup);
-#elif defined(CLINFAST_AVX512_BF16)
-  attend<bf16_t, Attention<bf16_t, true, Terms>>(a, kRows);
+#if defined(CLINFAST_AVX512_BF16)
+static constexpr bool kPairs = true;
 #else
-  attend<bf16_t, Attention<bf16_t, false, Terms>>(a, kRows);
+static constexpr bool kPairs = false;
+#endif
+
+// Terms for fp32 and for bf16.
+template <typename Full, typename Half> static void attend_with(const AttentionArgs &a) {
+  if (a.dtype == DType::f32) return attend<float, Attention<float, false, Full>>(a, kRows);
+#if defined(CLINFAST_AMX)
+  attend<bf16_t, AmxOrVector<Half>>(a, kAmxGroup);
+#else
+  attend<bf16_t, Attention<bf16_t, kPairs, Half>>(a, kRows);
 #endif
 }
 
 void attention(const AttentionArgs &a) {
-  if (a.bias) attend_with<BiasTerms>(a);
-  else attend_with<NoTerms>(a);
+  if (a.buckets) attend_with<DisentangledTerms<float, false>, DisentangledTerms<bf16_t, kPairs>>(a);
+  else if (a.bias) attend_with<BiasTerms, BiasTerms>(a);
+  else attend_with<NoTerms, NoTerms>(a);
 }
 
 }  // namespace CLINFAST_ISA

@@ -49,7 +49,8 @@ void encoder(const EncoderArgs &a) {
     multiply(layer.qkv, a.pre_norm ? y : x, nullptr, qkv, a.tokens, hidden, 3 * hidden, Activation::none);
     attention({qkv, qkv + row, qkv + 2 * row, context, 3 * hidden, a.head_dim, 3 * hidden, a.head_dim, 3 * hidden,
                a.head_dim, hidden, a.head_dim, a.cu_seqlens, a.cu_seqlens, a.seqused_k, a.batch, a.num_heads,
-               a.head_dim, a.scale, a.dtype, a.num_threads, a.bias, a.bias_reach, a.places, a.places});
+               a.head_dim, a.scale, a.dtype, a.num_threads, a.bias, a.bias_reach, a.places, a.places,
+               layer.position_keys, layer.position_queries, a.buckets, a.bucket_reach, a.position_rows});
     multiply(layer.attention_output, context, x, y, a.tokens, hidden, hidden, Activation::none);
     if (!a.pre_norm) normalise(layer.attention_norm, y, y, a.tokens);
     // From here on y is the residual, and the rows of x are free.

@@ -15,6 +15,9 @@ enum class MaskType : int32_t { none = 0, bytes = 1, int32 = 4, int64 = 8 };
 // Last dimensions are contiguous. seqused_k may be null; it bounds the keys of note b to the first seqused_k[b].
 // Where bias [num_heads, 2 * bias_reach + 1] is given, bias[h, clamp(place of s - place of t, +-bias_reach)] is added to the
 // scaled scores. q_places and k_places hold a place for each row; where null, it is the row's rank in its note.
+// Where buckets [2 * bucket_reach + 1] is given, q[t, h] . position_keys[h, r] + k[s, h] . position_queries[h, r] is added before
+// the scale, r being buckets[clamp(place of t - place of s, +-bucket_reach) + bucket_reach]; each of these tables
+// [num_heads, position_rows, head_dim] may be null. Then places rise within a note, and buckets never decrease.
 struct AttentionArgs {
   const void *q, *k, *v;
   void *out;
@@ -30,6 +33,9 @@ struct AttentionArgs {
   const float *bias = nullptr;
   int64_t bias_reach = 0;
   const int32_t *q_places = nullptr, *k_places = nullptr;
+  const void *position_keys = nullptr, *position_queries = nullptr;
+  const int32_t *buckets = nullptr;
+  int64_t bucket_reach = 0, position_rows = 0;
 };
 
 // out = LayerNorm(x + bias + residual) * weight + shift. bias and residual may be null.
@@ -158,11 +164,13 @@ struct LayerWeights {
   NormWeights attention_norm;
   LinearWeights ffn_in, ffn_out;
   NormWeights output_norm;
+  const void *position_keys, *position_queries;
 };
 
 // x [tokens, num_heads * head_dim], contiguous, through `num_layers` layers, in place. `workspace` has
 // encoder_workspace_bytes and starts on a cache line. With pre_norm each LayerNorm stands before what it belongs to, inside
-// the residual; else behind the residual. bias, bias_reach and places [tokens]: as in AttentionArgs, in every layer.
+// the residual; else behind the residual. bias, buckets and what goes with them, and places [tokens]: as in AttentionArgs, in
+// every layer.
 struct EncoderArgs {
   const LayerWeights *layers;
   void *x, *workspace;
@@ -176,6 +184,8 @@ struct EncoderArgs {
   const float *bias = nullptr;
   int64_t bias_reach = 0;
   const int32_t *places = nullptr;
+  const int32_t *buckets = nullptr;
+  int64_t bucket_reach = 0, position_rows = 0;
 };
 
 struct KernelTable {

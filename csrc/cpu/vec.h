@@ -50,6 +50,9 @@ struct Vec {
   static __mmask16 lanes(int n) { return __mmask16((1u << n) - 1u); }
   static Vec load(const float *p) { return {_mm512_loadu_ps(p)}; }
   static Vec load(const float *p, int n) { return {_mm512_maskz_loadu_ps(lanes(n), p)}; }
+  static Vec gather(const float *p, const int32_t *at) {
+    return {_mm512_i32gather_ps(_mm512_loadu_si512(at), p, 4)};
+  }
   static Vec load(const bf16_t *p) { return widen(_mm256_loadu_si256((const __m256i *)p)); }
   static Vec load(const bf16_t *p, int n) { return widen(_mm256_maskz_loadu_epi16(lanes(n), p)); }
   void store(float *p) const { _mm512_storeu_ps(p, v); }
@@ -152,6 +155,9 @@ struct Vec {
   }
   static Vec load(const float *p) { return {_mm256_loadu_ps(p)}; }
   static Vec load(const float *p, int n) { return {_mm256_maskload_ps(p, lanes(n))}; }
+  static Vec gather(const float *p, const int32_t *at) {
+    return {_mm256_i32gather_ps(p, _mm256_loadu_si256((const __m256i *)at), 4)};
+  }
   static Vec load(const bf16_t *p) { return widen(_mm_loadu_si128((const __m128i *)p)); }
   static Vec load(const bf16_t *p, int n) {
     bf16_t buffer[8] = {0};
@@ -242,6 +248,7 @@ struct Vec {
   f32x4 v;
   static Vec zero() { return set(0.0f); }
   static Vec set(float x) { return {f32x4{x, x, x, x}}; }
+  static Vec gather(const float *p, const int32_t *at) { return {f32x4{p[at[0]], p[at[1]], p[at[2]], p[at[3]]}}; }
   template <typename T> static Vec load(const T *p) { return load(p, 4); }
   static Vec load(const float *p) {
     Vec r;

@@ -118,6 +118,27 @@ def test_attention_biased(dtype, head_dim, places):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 256])
+@pytest.mark.parametrize("places", [False, True])
+def test_attention_disentangled(dtype, head_dim, places):
+    from clinfast.ops import attention_disentangled as op
+
+    lengths = [300, 1, 65, 0, 17]
+    q, k, v = torch.randn(sum(lengths), 3, 4, head_dim, device="cuda").to(dtype).unbind(1)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to("cuda", torch.int32)
+    tables = torch.randn(2, 4, 64, head_dim, device="cuda").to(dtype).unbind(0)
+    buckets = op.log_buckets(32, 32, 128).cuda()
+    at = torch.arange(sum(lengths), device="cuda").mul(2).int() if places else None
+    bounds, scale = (cu_seqlens, cu_seqlens, None), op.position_scale(head_dim, 2)
+    ours = op.attention_disentangled(q, k, v, *bounds, scale, *tables, buckets, at, at)
+    stock = op.reference(q, k, v, *bounds, scale, *tables, buckets, at, at)
+    wide = [t.double() for t in (q, k, v)]
+    exact = op.reference(*wide, *bounds, scale, *(t.double() for t in tables), buckets, at, at)
+    within(ours, stock, exact)
+    assert registry.calls["attention_disentangled[triton]"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_first_tokens_and_used_keys(dtype):
     from clinfast.backends import torch as stock
 

@@ -14,7 +14,7 @@ from clinfast.ops import choices, registry
 from clinfast.report import UnitReport
 from clinfast.triton_kernels import configs
 
-for name in (*registry.STEMS, "attention_biased"):
+for name in (*registry.STEMS, "attention_biased", "attention_disentangled"):
     importlib.import_module(f"clinfast.ops.{name}")
 
 CARDS = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]

@@ -12,7 +12,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: no kernel can be interpreted")
 HERE = Path(__file__).parent
-PARTS = ("attention", "encoder", "rows", "linear", "packing", "fp8")  # the longest first
+PARTS = ("attention", "encoder", "disentangled", "rows", "linear", "packing", "fp8")  # the longest first
 
 
 def old_interpreter_new_numpy():

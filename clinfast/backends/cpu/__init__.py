@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 MODULES = (
-    "attention", "attention_biased", "embedding", "encoder", "gelu", "layer_norm", "linear", "packing", "pooling",
+    "attention", "attention_biased", "attention_disentangled", "embedding", "encoder", "gelu", "layer_norm", "linear",
+    "packing", "pooling",
 )  # fmt: skip
 
 

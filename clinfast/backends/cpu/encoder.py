@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,15 +26,28 @@ class EncoderLayers:
     Args:
         layers: for each layer `(qkv, attention_output, attention_norm, ffn_in, ffn_out, output_norm)`; linears are
             `NativeLinear`, norms pairs of fp32 vectors (weight, shift).
+        positions: for each layer the tables `position_keys` and `position_queries` of disentangled attention.
+        buckets: what goes with them.
     """
 
-    def __init__(self, layers: Sequence[tuple]) -> None:
-        self._held = layers
+    def __init__(
+        self,
+        layers: Sequence[tuple],
+        positions: Sequence[tuple[Tensor | None, Tensor | None]] = (),
+        buckets: Tensor | None = None,
+    ) -> None:
+        self._held = layers, positions
+        self._buckets = buckets
+        tables = [table for pair in positions for table in pair if table is not None]
+        self._position_rows = tables[0].shape[1] if tables else 0
         first: NativeLinear = layers[0][0]
         self._code, self._table = first._code, first._table
         self._dtype = first.dtype
         self._intermediate = layers[0][3].out_features
-        rows = [[address for part in layer for address in _addresses(part)] for layer in layers]
+        rows = [
+            [address for part in (*layer, pair) for address in _addresses(part)]
+            for layer, pair in itertools.zip_longest(layers, positions, fillvalue=(None, None))
+        ]
         self._addresses = torch.tensor(rows, dtype=torch.int64)
 
     def run(
@@ -60,7 +75,8 @@ class EncoderLayers:
             native.address(seqused_k), num_layers, tokens, len(cu_seqlens) - 1, num_heads, hidden // num_heads,
             self._intermediate, scale, eps, ACTIVATIONS.index(activation), pre_norm, self._code, self._table,
             torch.get_num_threads(), native.address(bias), 0 if bias is None else bias.shape[1] // 2,
-            native.address(places),
+            native.address(places), native.address(self._buckets),
+            0 if self._buckets is None else self._buckets.shape[0] // 2, self._position_rows,
         )  # fmt: skip
         calls["encoder_layer[cpu]"] += num_layers
         if size <= KEPT_BYTES:
@@ -68,10 +84,10 @@ class EncoderLayers:
         return x
 
 
-def _addresses(part: NativeLinear | tuple[Tensor, Tensor]) -> tuple[int, int]:
+def _addresses(part: NativeLinear | tuple[Tensor | None, Tensor | None]) -> tuple[int, int]:
     if isinstance(part, NativeLinear):
         return part.weight.data_ptr(), native.address(part.bias)
-    return part[0].data_ptr(), part[1].data_ptr()
+    return native.address(part[0]), native.address(part[1])
 
 
 def _take_workspace(size: int) -> Tensor:
@@ -82,12 +98,12 @@ def _take_workspace(size: int) -> Tensor:
     return workspace if workspace.nbytes >= size else torch.empty(size, dtype=torch.uint8)
 
 
-def encoder_layers(layers: Sequence[tuple]) -> EncoderLayers | None:
+def encoder_layers(layers: Sequence[tuple], *terms: Any) -> EncoderLayers | None:
     """The layers as one call, or None where a linear of theirs is not our own."""
     linears = [part for layer in layers for part in layer if not isinstance(part, tuple)]
     if not linears or any(type(part) is not NativeLinear for part in linears):
         return None
-    return EncoderLayers(layers)
+    return EncoderLayers(layers, *terms)
 
 
 IMPLEMENTATIONS = {"encoder_layers": encoder_layers}

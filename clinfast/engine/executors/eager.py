@@ -30,6 +30,10 @@ class EagerExecutor:
             self.pack, self.position_ids, self.embedding, self.attention, self.first_token_attention, self.layer_norm,
             self.unpack, self.pooling,
         ) = found  # fmt: skip
+        if spec.disentangled is not None:
+            self.attention_disentangled = registry.implementation(
+                "attention_disentangled", backend, device, prechecked=True
+            )
         if spec.relative_buckets:
             self.attention_biased = registry.implementation("attention_biased", backend, device, prechecked=True)
 
@@ -37,13 +41,13 @@ class EagerExecutor:
         """[T, H] for all packed tokens."""
         x = self._whole_layers(weights, self._embed(weights, request, batch), batch)
         if weights.last is not None:
-            x = self._layer(weights.last, x, batch)
+            x = self._layer(weights, weights.last, x, batch)
         return self._final_norm(weights, x)
 
     def first_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
         """[B, H]: one row a note; the last layer works on those rows alone."""
         x = self._whole_layers(weights, self._embed(weights, request, batch), batch)
-        x = self.first_token(x, batch) if weights.last is None else self._first_rows(weights.last, x, batch)
+        x = self.first_token(x, batch) if weights.last is None else self._first_rows(weights, weights.last, x, batch)
         return self._final_norm(weights, x)
 
     def first_token(self, x: Tensor, batch: PackedBatch) -> Tensor:
@@ -67,10 +71,10 @@ class EagerExecutor:
 
     def _whole_layers(self, weights: PackedWeights, x: Tensor, batch: PackedBatch) -> Tensor:
         for layer in weights.layers:
-            x = self._layer(layer, x, batch)
+            x = self._layer(weights, layer, x, batch)
         return x
 
-    def _layer(self, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
+    def _layer(self, weights: PackedWeights, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
         shape = (x.shape[0], -1, self.spec.num_heads, self.spec.head_dim)
         h = self._before(layer.attention_norm, x)
         if layer.qkv is not None:
@@ -78,16 +82,10 @@ class EagerExecutor:
         else:
             assert layer.query is not None and layer.key_value is not None
             q, (k, v) = layer.query(h).view(shape)[:, 0], layer.key_value(h).view(shape).unbind(1)
-        if layer.bias is None:
-            context = self.attention(q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.seqused_k, self.spec.scale)
-        else:
-            context = self.attention_biased(
-                q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.seqused_k, self.spec.scale, layer.bias, batch.places,
-                batch.places,
-            )  # fmt: skip
+        context = self._attend(weights, layer, q, k, v, batch)
         return self._after_attention(layer, context, x)
 
-    def _first_rows(self, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
+    def _first_rows(self, weights: PackedWeights, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
         spec = self.spec
         shape = (-1, spec.num_heads, spec.head_dim)
         h, first = self._before(layer.attention_norm, x), self.first_token(x, batch)
@@ -100,14 +98,33 @@ class EagerExecutor:
             k, v = layer.key_value(h).view(-1, 2, *shape[1:]).unbind(1)
             q = layer.query(self._before(layer.attention_norm, first)).view(shape)
         rows = one_row_a_note(batch.batch, x.device)
-        if layer.bias is None:
-            context = self.first_token_attention(q, k, v, rows, batch.cu_seqlens, batch.seqused_k, spec.scale)
-        else:
-            context = self.attention_biased(
-                q, k, v, rows, batch.cu_seqlens, batch.seqused_k, spec.scale, layer.bias, _first_places(batch),
-                batch.places,
-            )  # fmt: skip
+        context = self._attend(weights, layer, q, k, v, batch, rows)
         return self._after_attention(layer, context, first)
+
+    def _attend(
+        self,
+        weights: PackedWeights,
+        layer: PackedLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        batch: PackedBatch,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """`rows`: boundaries of the queries where they are not those of the keys but one a note."""
+        bounds = (batch.cu_seqlens if rows is None else rows, batch.cu_seqlens, batch.seqused_k)
+        context: Tensor
+        if layer.bias is None and weights.buckets is None:
+            attention = self.attention if rows is None else self.first_token_attention
+            context = attention(q, k, v, *bounds, self.spec.scale)
+            return context
+        places = (batch.places if rows is None else _first_places(batch), batch.places)
+        if layer.bias is not None:
+            context = self.attention_biased(q, k, v, *bounds, self.spec.scale, layer.bias, *places)
+        else:
+            tables = layer.position_keys, layer.position_queries, weights.buckets
+            context = self.attention_disentangled(q, k, v, *bounds, self.spec.scale, *tables, *places)
+        return context
 
     def _after_attention(self, layer: PackedLayer, context: Tensor, x: Tensor) -> Tensor:
         return self._ffn(layer, self._add_norm(layer.attention_output, context.view(x.shape), x, layer.attention_norm))

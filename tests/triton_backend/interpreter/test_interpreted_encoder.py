@@ -69,15 +69,18 @@ def test_roberta_counts_positions():
     assert registry.calls["position_ids[triton]"]
 
 
+@pytest.mark.parametrize(
+    ("family", "op"), [("mpnet", "attention_biased"), ("deberta-v2", "attention_disentangled")]
+)
 @pytest.mark.parametrize("head", ["token", "sequence"])
-def test_mpnet_counts_distances_in_columns(head):
+def test_distances_are_counted_in_columns(head, family, op):
     """Op by op and in a graph, whose buffers hold more notes and rows than were asked for."""
     mask = torch.tensor([[1] * 18, [1, 0] * 9, [1] * 4 + [0] * 14])
     inputs = {"input_ids": ids(3, 18), "attention_mask": mask}
-    subject = Subject(relative("mpnet", head))
+    subject = Subject(relative(family, head))
     registry.calls.clear()
     subject.check(**inputs)
-    assert registry.calls["attention_biased[triton]"] == 2 and not registry.calls["attention[triton]"]
+    assert registry.calls[f"{op}[triton]"] == 2 and not registry.calls["attention[triton]"]
     driver, graphs = with_graphs(subject.model)
     subject.check(**inputs)
     assert driver.replays == 1 and not graphs.op_by_op
