@@ -14,6 +14,10 @@ from typing import Any, NamedTuple
 from clinfast.triton_kernels import configs
 
 HIDDEN_WIDTHS = (128, 256, 512, 1024)
+INNER_WIDTHS = (512, 1024, 2048, 4096)
+# The least class that multiplies e4m3 with a scale a row.
+FP8_CLASS = 90
+NO_NORM = ("residual_ptr", "weight_ptr", "shift_ptr")
 FLOATS = ("bf16", "fp16", "fp32")
 # [batch, seqlen] tiles of `pack_kernel`, the smallest that holds the batch is taken.
 PACK_TILES = ((1, 128), (1, 512), (8, 128))
@@ -62,6 +66,12 @@ KERNELS = {
     ),
     "gelu_kernel": Kernel.of(
         "gelu", "x_ptr:P bias_ptr:P out_ptr:P rows:i hidden:D x_row:D out_row:D", "ACTIVATION ROWS BLOCK"
+    ),
+    "quantise_kernel": Kernel.of(
+        "quantise",
+        "x_ptr:P residual_ptr:P weight_ptr:P shift_ptr:P y_ptr:P values_ptr:P scale_ptr:p hidden:D x_row:D "
+        "residual_row:D eps:f",
+        "NORM ACTIVATION BLOCK",
     ),
     "pooling_kernel": Kernel.of(
         "pooling", "x_ptr:P cu_seqlens_ptr:p out_ptr:P tokens:i hidden:D x_row:D", "KIND ROWS BLOCK"
@@ -183,7 +193,7 @@ INTEGERS = dict.fromkeys(
 
 def shipped(of_class: int) -> list[Variant]:
     """What the package holds for a device class: the tuning table's tiles, for encoders as they are usually built."""
-    found = [*_rowwise(of_class), *_packing(), *_attention(of_class), *_linear(of_class)]
+    found = [*_rowwise(of_class), *_quantise(of_class), *_packing(), *_attention(of_class), *_linear(of_class)]
     return list(dict.fromkeys(found))
 
 
@@ -206,6 +216,29 @@ def _rowwise(of_class: int) -> Iterator[Variant]:
         for activation in ACTIVATIONS:
             for bias in ((), ("bias_ptr",)):
                 yield make("gelu_kernel", NORM, (activation, 4, 512), floats=floats, absent=bias)
+
+
+def _quantise(of_class: int) -> Iterator[Variant]:
+    """Of fp8, which multiplies from 9.0 on, with the rest in bf16: norms' rows, contexts, and GELU's inner rows."""
+    if of_class < FP8_CLASS:
+        return
+    for width in HIDDEN_WIDTHS:
+        for absent in ((), ("residual_ptr",)):
+            yield quantise_variant(width, "none", absent)
+        yield quantise_variant(width, "none", NO_NORM)
+    for width in INNER_WIDTHS:
+        for activation in ACTIVATIONS:
+            yield quantise_variant(width, activation, NO_NORM)
+
+
+def quantise_variant(width: int, activation: str, absent: tuple[str, ...]) -> Variant:
+    pointers = NORM | {"values_ptr": "fp8e4nv", "scale_ptr": "fp32"}
+    constants = (absent != NO_NORM, activation, width)
+    return make("quantise_kernel", pointers, constants, quantise_warps(width), absent=absent)
+
+
+def quantise_warps(width: int) -> int:
+    return 8 if width >= 2048 else 4
 
 
 def _packing() -> Iterator[Variant]:

@@ -29,6 +29,9 @@ def chosen(of_class, everything):
             path = (*path, variant.constants[0] in ("gelu", "none"))
             if "fp16" in variant.types or variant.constants[0] in ("gelu_tanh", "relu", "tanh"):
                 continue
+        elif variant.kernel == "quantise_kernel":  # rounding to e4m3 is another instruction on each class
+            norm, activation, width = variant.constants
+            path = (variant.kernel, variant.types[1], norm, activation, width >= 2048)
         elif of_class not in (80, 90) and variant.kernel not in ("layer_norm_kernel", "pack_kernel"):
             continue
         elif variant.kernel == "layer_norm_kernel":

@@ -66,7 +66,12 @@ def test_every_code_path(of_class, code_paths):
     found = code_paths[of_class].result()
     check(found, of_class)
     expected = {name for name, kernel in variants.KERNELS.items() if kernel.matrix or of_class in (80, 90)}
-    assert {one["kernel"] for one in found} >= expected - ({"linear_tma_kernel"} if of_class not in WIDEST else set())
+    expected -= {"linear_tma_kernel"} if of_class not in WIDEST else set()
+    expected -= {"quantise_kernel"} if of_class < variants.FP8_CLASS else set()
+    assert {one["kernel"] for one in found} >= expected
+    quantised = [one for one in found if one["kernel"] == "quantise_kernel"]
+    assert bool(quantised) is (of_class >= variants.FP8_CLASS)
+    assert all("fp8e4nv" in one["types"] for one in quantised)
     if of_class in WIDEST:
         wide = [one for one in found if one["kernel"] == "linear_tma_kernel"]
         assert wide and all(WIDEST[of_class] in one["matrix"] for one in wide)

@@ -23,8 +23,8 @@ FOLDER = Path(__file__).parents[2] / "triton_kernels" / "cubins"
 SERVES = {(8, 0): 80, (8, 6): 80, (8, 7): 80, (8, 9): 89, (9, 0): 90, (10, 0): 100, (12, 0): 120}
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
-    torch.bool: "i1", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", int: "i32", float: "fp32",
-    type(None): "-",
+    torch.float8_e4m3fn: "fp8e4nv", torch.bool: "i1", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
+    int: "i32", float: "fp32", type(None): "-",
 }  # fmt: skip
 
 

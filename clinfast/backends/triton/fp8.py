@@ -1,19 +1,17 @@
-"""fp8 linears whose rows are quantised by Triton, in the pass of the LayerNorm or activation before; compiled where
-they run, since the package has no cubins of them."""
+"""fp8 linears whose rows are quantised by Triton, in the pass of the LayerNorm or activation before."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from clinfast.backends import fp8
-from clinfast.backends.triton import checks, device
-from clinfast.backends.triton.launch import KernelUnavailable, _try
+from clinfast.backends.triton import checks
+from clinfast.backends.triton.launch import KernelUnavailable, launch
 from clinfast.ops.registry import substitute
+from clinfast.triton_kernels.variants import quantise_warps
 
 MAX_HIDDEN = 8192
 
@@ -33,53 +31,30 @@ def quantised_norm(
 def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, shift: Tensor | None, eps: float, activation: str
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """None where Triton cannot compile it here, or a row is too wide for a program."""
+    """None where there is no kernel for it here, or a row is too wide for a program."""
     rows, hidden = x.shape
     checks.rows("quantise", "x", x)
     if residual is not None:
         checks.rows("quantise", "residual", residual, x.dtype, (rows, hidden))
-    if hidden > MAX_HIDDEN or not _compiles():
+    if hidden > MAX_HIDDEN:
         return None
     y = x if weight is None else torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
     values = torch.empty((rows, hidden), dtype=fp8.E4M3, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
-    if rows:
-        from clinfast.triton_kernels import versions
-
-        block = checks.width("quantise", hidden, MAX_HIDDEN)
-        with torch.cuda.device(x.device) if device.TYPE == "cuda" else contextlib.nullcontext():
-            _kernel()[(rows,)](
-                x, residual, weight, shift, y, values, scale, hidden, x.stride(0),
-                0 if residual is None else residual.stride(0), eps, NORM=weight is not None, ACTIVATION=activation,
-                BLOCK=block, num_warps=8 if block >= 2048 else 4, **versions.JIT_OPTIONS,
-            )  # fmt: skip
+    if not rows:
+        return y, values, scale
+    block = checks.width("quantise", hidden, MAX_HIDDEN)
+    residual_row = 0 if residual is None else residual.stride(0)
+    try:
+        launch(
+            "quantise_kernel", (rows, 1, 1),
+            (x, residual, weight, shift, y, values, scale, hidden, x.stride(0), residual_row, eps),
+            (weight is not None, activation, block), quantise_warps(block),
+        )  # fmt: skip
+    except KernelUnavailable as reason:
+        substitute("quantise", "torch", str(reason))
+        return None
     return y, values, scale
-
-
-def _kernel() -> Any:
-    from clinfast.triton_kernels.quantise import quantise_kernel
-
-    return quantise_kernel
-
-
-@functools.cache
-def _compiles() -> bool:
-    reason = device.no_compiler()
-    if reason is None and device.TYPE == "cuda":
-        from clinfast.triton_kernels import versions
-
-        try:
-            x = torch.zeros(1, 16, dtype=torch.bfloat16, device="cuda")
-            values, scale = torch.empty(1, 16, dtype=fp8.E4M3, device="cuda"), torch.empty(1, 1, device="cuda")
-            _try("quantise_kernel", lambda: _kernel()[(1,)](
-                x, None, None, None, x, values, scale, 16, 16, 0, 0.0, NORM=False, ACTIVATION="none", BLOCK=128,
-                **versions.JIT_OPTIONS,
-            ))  # fmt: skip
-        except KernelUnavailable as error:
-            reason = str(error)
-    if reason is not None:
-        substitute("quantise", "torch", reason)
-    return reason is None
 
 
 IMPLEMENTATIONS = {

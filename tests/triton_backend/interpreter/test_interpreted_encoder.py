@@ -125,5 +125,5 @@ def test_fp8_with_fused_quantisation(monkeypatch):
     driver, _ = with_graphs(model)
     plain = clinfast.optimize(make("token"), precision="fp8", backend="torch", strict=True)
     ours, expected = clinfast.verify(model, batch), clinfast.verify(plain, batch)
-    assert driver.replays == 1 and ours.ours_error > 2 * ours.stock_error
+    assert driver.replays == 1 and ours.passed and ours.ours_error > ours.stock_error / 2
     assert ours.ours_error <= 1.5 * expected.ours_error and ours.cosine > 0.95
