@@ -47,6 +47,8 @@ def command(*words: str, timeout: float = STAGE_SECONDS, **environment: str) -> 
 
 
 def git(*words: str) -> str:
+    if not shutil.which("git"):
+        return ""
     return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
@@ -291,7 +293,7 @@ def main() -> int:
         return 1
     facts = environment()
     card = facts["card"].replace(" ", "-").lower()
-    path = ROOT / "benchmarks" / "results" / "gpu" / card / f"{facts['commit'][:12]}.json"
+    path = ROOT / "benchmarks" / "results" / "gpu" / card / f"{facts['commit'][:12] or 'no-commit'}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {} if options.restart or not path.exists() else json.loads(path.read_text())
     failed = []
