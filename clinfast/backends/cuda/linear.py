@@ -83,8 +83,9 @@ class OwnLinear(LibraryLinear):
         served = native.on(device).linear(
             x.data_ptr(), self.weight.data_ptr(), native.address(self._bias32), native.address(residual),
             native.address(self.bias), out.data_ptr(), x.stride(0), self.in_features,
-            0 if residual is None else residual.stride(0), self.out_features, x.shape[0], self.in_features, self.out_features, with_gelu, native.DTYPES[self.dtype],
-            native.multiprocessors(device), device, native.stream(device),
+            0 if residual is None else residual.stride(0), self.out_features, x.shape[0], self.in_features,
+            self.out_features, with_gelu, native.DTYPES[self.dtype], native.multiprocessors(device), device,
+            native.stream(device),
         )  # fmt: skip
         return out if served else None
 
