@@ -17,7 +17,9 @@ from clinfast.backends.torch import linear, scatter_in_blocks
 from clinfast.ops.linear import ACTIVATIONS, activate
 
 # Our products, by the compute capabilities that they are for.
-PRODUCTS = {"library": (), "wgmma": ((9, 0),), "mma": ((8, 0), (8, 6), (8, 7), (8, 9))}
+PRODUCTS: dict[str, tuple[tuple[int, int], ...]] = {
+    "library": (), "wgmma": ((9, 0),), "mma": ((8, 0), (8, 6), (8, 7), (8, 9)),
+}  # fmt: skip
 GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
@@ -99,7 +101,8 @@ def product() -> str:
 
 
 def prepack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> LibraryLinear:
-    if native.capability(weight.get_device()) in PRODUCTS[product()]:
+    served = PRODUCTS[product()]
+    if served and native.capability(weight.get_device()) in served:
         return OwnLinear(weight, bias, dtype)
     return LibraryLinear(weight, bias, dtype)
 
