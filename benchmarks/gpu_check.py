@@ -29,11 +29,13 @@ NEEDED_STAGES = ("environment", "build")
 PACKAGES = ("torch", "triton", "transformers", "pytest", "pytest-benchmark", "pybind11")
 
 
-def command(*words: str, timeout: float = STAGE_SECONDS) -> dict[str, Any]:
+def command(*words: str, timeout: float = STAGE_SECONDS, **environment: str) -> dict[str, Any]:
     """Run one command from the project's root; its exit status, seconds and last lines."""
     start = time.monotonic()
     try:
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            words, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}
+        )
         status, text = done.returncode, done.stdout + done.stderr
     except subprocess.TimeoutExpired as error:
         status, text = (
@@ -45,6 +47,8 @@ def command(*words: str, timeout: float = STAGE_SECONDS) -> dict[str, Any]:
 
 
 def git(*words: str) -> str:
+    if not shutil.which("git"):
+        return ""
     return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
@@ -52,17 +56,16 @@ def environment() -> dict[str, Any]:
     import torch
 
     properties = torch.cuda.get_device_properties(0)
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-    )
+    driver = "nvidia-smi is not installed"
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     return {
         "status": 0,
         "card": properties.name,
         "capability": list(torch.cuda.get_device_capability(0)),
         "memory_bytes": properties.total_memory,
-        "driver_clock_power": driver.stdout.strip(),
+        "driver_clock_power": driver,
         "cuda": torch.version.cuda,
         "python": sys.version.split()[0],
         "versions": {name: version(name) for name in PACKAGES},
@@ -109,10 +112,24 @@ def loads() -> dict[str, Any]:
     return {"status": found["status"], "loads": found["tail"].strip(), "tail": found["tail"]}
 
 
-def tests(folder: str) -> dict[str, Any]:
+def tests(where: str, **environment: str) -> dict[str, Any]:
     """The tests marked gpu of one folder: other folders have none, and may want packages that are not here."""
-    result = command(sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-m", "gpu", folder)
-    return no_tests_is_fine(result)
+    words = (sys.executable, "-m", "pytest", "-q", "-rfEs", "--tb=short", "-m", "gpu", where)
+    return no_tests_is_fine(command(*words, **environment))
+
+
+def cubins() -> dict[str, Any]:
+    """The Triton kernels of this card's class as machine code in the package; what follows launches them."""
+    import torch
+
+    from clinfast.backends.triton import device
+    from clinfast.triton_kernels import configs
+
+    reason = device.no_compiler()
+    if reason is not None:
+        return {"status": 0, "note": reason}
+    of_class = configs.device_class(torch.cuda.get_device_capability(0))
+    return command(sys.executable, "-m", "clinfast.triton_kernels.build", "--classes", str(of_class))
 
 
 def missing_packages() -> str | None:
@@ -164,8 +181,41 @@ def bench(out: Path, *what: str) -> dict[str, Any]:
     return no_tests_is_fine(command(sys.executable, "-m", "pytest", "-q", *what, f"--benchmark-json={out}"))
 
 
-def benchmarks() -> dict[str, Any]:
-    return bench(RESULTS / "ops.json", "benchmarks/gpu", "--ignore=benchmarks/gpu/bench_models.py")
+# Of the ops, by stage: what pytest runs. Inductor tunes its product for each size of the linear layer.
+OPS = {
+    "attention": ("bench_triton_attention.py",),
+    "packing": ("bench_triton_packing.py",),
+    "rows": ("bench_triton_rows.py",),
+    "linear 768x3072": ("bench_triton_linear.py", "-k", "768x3072"),
+    "linear 1024x4096": ("bench_triton_linear.py", "-k", "1024x4096"),
+    "CUDA attention": ("bench_cuda_attention.py",),
+    "CUDA rows": ("bench_cuda_rows.py",),
+    "CUDA linear": ("bench_cuda_linear.py",),
+    "launching": ("bench_launching.py",),
+}
+
+
+def bench_ops(name: str) -> dict[str, Any]:
+    file, *options = OPS[name]
+    return bench(ops_file(name), f"benchmarks/gpu/{file}", *options)
+
+
+def ops_file(name: str) -> Path:
+    return RESULTS / f"ops-{name.replace(' ', '-').lower()}.json"
+
+
+def goals() -> dict[str, Any]:
+    """What the project's goals for single ops ask for, what was found, and which peer was the best."""
+    says = []
+    for file in filter(Path.exists, map(ops_file, OPS)):
+        for one in json.loads(file.read_text())["benchmarks"]:
+            facts = one["extra_info"]
+            for goal in facts.get("goals", ()):
+                bound = f"at least {goal['least']}" if "least" in goal else f"at most {goal['most']}"
+                met = "met" if goal["met"] else "NOT MET"
+                found = f"{goal['name']} {goal['found']:.3g}, wanted {bound}"
+                says.append(f"{one['name']}: {found}: {met} (best peer {facts['best_peer']}, {facts['ratio']:.2f})")
+    return {"status": 0, "says": says or ["no op was benchmarked"]}
 
 
 def part(model: str, cells: str) -> Path:
@@ -195,10 +245,15 @@ STAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "environment": environment,
     "build": build,
     "tests of the CUDA kernels": functools.partial(tests, "tests/cuda"),
+    "tests of Triton by its compiler": functools.partial(
+        tests, "tests/gpu/test_triton_on_gpu.py", CLINFAST_CUBINS="0"
+    ),
+    "cubins": cubins,
     "tests of the engine and of Triton": functools.partial(tests, "tests/gpu"),
-    "sanitizer": sanitizer,
+    **{f"benchmarks: {name}": functools.partial(bench_ops, name) for name in OPS},
+    "goals": goals,
     "backends": backends,
-    "benchmarks": benchmarks,
+    "sanitizer": sanitizer,
     **{
         f"{model} {cells}": functools.partial(bench_models, model, cells) for model in MODELS for cells in CELLS
     },
@@ -238,7 +293,7 @@ def main() -> int:
         return 1
     facts = environment()
     card = facts["card"].replace(" ", "-").lower()
-    path = ROOT / "benchmarks" / "results" / "gpu" / card / f"{facts['commit'][:12]}.json"
+    path = ROOT / "benchmarks" / "results" / "gpu" / card / f"{facts['commit'][:12] or 'no-commit'}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {} if options.restart or not path.exists() else json.loads(path.read_text())
     failed = []

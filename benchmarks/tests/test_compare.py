@@ -131,6 +131,23 @@ def test_every_cell_is_in_a_stage():
     assert all(f"{model} {cells}" in gpu_check.STAGES for model in gpu_check.MODELS for cells in gpu_check.CELLS)
 
 
+def test_every_benchmark_of_an_op_is_in_a_stage_and_goals_are_said(tmp_path, monkeypatch):
+    files = {path.name for path in (ROOT / "benchmarks" / "gpu").glob("bench_*.py")} - {"bench_models.py"}
+    assert {what[0] for what in gpu_check.OPS.values()} == files
+    assert all(f"benchmarks: {name}" in gpu_check.STAGES for name in gpu_check.OPS)
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    assert gpu_check.goals()["says"] == ["no op was benchmarked"]
+    goals = [{"name": "tflops", "least": 200, "found": 231.4, "met": True},
+             {"name": "ratio", "least": 1.2, "found": 1.1, "met": False}]  # fmt: skip
+    facts = {"goals": goals, "best_peer": "padded SDPA", "ratio": 1.1}
+    one = {"name": "bench_varlen_attention[128_tokens]", "extra_info": facts}
+    gpu_check.ops_file("attention").write_text(json.dumps({"benchmarks": [one, {"name": "x", "extra_info": {}}]}))
+    assert gpu_check.goals()["says"] == [
+        "bench_varlen_attention[128_tokens]: tflops 231, wanted at least 200: met (best peer padded SDPA, 1.10)",
+        "bench_varlen_attention[128_tokens]: ratio 1.1, wanted at least 1.2: NOT MET (best peer padded SDPA, 1.10)",
+    ]
+
+
 def test_lengths_are_what_they_are_called():
     found = model_cases.cells()
     assert abs(sum(found["squad-64"]) / 64 - 177) < 2 and max(found["squad-64"]) <= 384

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clinfast.triton_kernels import configs
-from clinfast.triton_kernels.variants import Variant, shipped
+from clinfast.triton_kernels.variants import Variant, shipped, sources
 
 FOLDER = Path(__file__).parent / "cubins"
 # A fixed time of day, so that the same kernels make the same archive.
@@ -40,7 +40,7 @@ def build(of_class: int, variants: Sequence[Variant], folder: Path, processes: i
             files[name] = made.cubin
             kernels[variant.key] = {**made._asdict(), "file": name}
             del kernels[variant.key]["cubin"]
-    manifest = {"device_class": of_class, "triton": triton.__version__, "kernels": kernels}
+    manifest = {"device_class": of_class, "triton": triton.__version__, "sources": sources(), "kernels": kernels}
     partial = path.with_suffix(".partial")
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in {"manifest.json": json.dumps(manifest, indent=1).encode(), **files}.items():

@@ -6,7 +6,9 @@ looks up among the cubins of the package.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from clinfast.triton_kernels import configs
@@ -18,14 +20,15 @@ FP8_CLASS = 90
 NO_NORM = ("residual_ptr", "weight_ptr", "shift_ptr")
 FLOATS = ("bf16", "fp16", "fp32")
 # [batch, seqlen] tiles of `pack_kernel`, the smallest that holds the batch is taken.
-PACK_TILES = ((1, 128), (1, 512), (8, 128), (8, 512), (32, 128))
+PACK_TILES = ((1, 128), (1, 512), (8, 128))
 # [notes, columns at a time] of a program of `pack_scan_kernel`, for larger batches: the first that is as wide as a row.
 SCAN_TILES = ((16, 32), (4, 128), (1, 512), (1, 1024))
 SCAN_HEAD = 8  # int64s of its state before the word of each program
 SCAN_ABSENT = ("out_ids_ptr", "out_types_ptr", "positions_ptr")  # for `pack`
 POSITION_BLOCK = 512
-# With all that they want, they spill nothing; how many programs share a multiprocessor does not matter to them.
-PACK_REGISTERS = 128
+# With all registers that they want, packing and an embedding without LayerNorm spill nothing.
+SUM_REGISTERS = 128
+PACK_REGISTERS = 255
 # More than the notes that a bucket of graphs with such a tile has room for.
 PACK_INTO_NOTES = 64
 ACTIVATIONS = ("gelu", "gelu_tanh")
@@ -135,6 +138,12 @@ KERNELS = {
 }
 
 
+def sources() -> str:
+    """A digest of the kernels' source: cubins of other sources are not launched."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 class Variant(NamedTuple):
     """`types`: of each argument, `"bf16"` and so on (a pointer's element), `"-"` where None is passed."""
 
@@ -197,7 +206,8 @@ def _rowwise(of_class: int) -> Iterator[Variant]:
             yield make("layer_norm_kernel", NORM, tile, warps, floats=floats, absent=("bias_ptr",))
             pointers = NORM | IDS | {"indices_ptr": "i32", "positions_ptr": "i32"}
             for absent in (("bad_ptr",), ("bad_ptr", "weight_ptr", "shift_ptr")):
-                yield make("embedding_kernel", pointers, tile, warps, floats=floats, absent=absent)
+                bound = SUM_REGISTERS if "weight_ptr" in absent else 0
+                yield make("embedding_kernel", pointers, tile, warps, floats=floats, absent=absent, registers=bound)
         for kind in ("first_token", "mean", "max"):
             yield make("pooling_kernel", {"cu_seqlens_ptr": "i32"}, (kind, 16, 128), floats=floats)
         for kernel in ("unpack_kernel", "scatter_rows_kernel"):
@@ -236,16 +246,12 @@ def _packing() -> Iterator[Variant]:
         pointers = INTEGERS | IDS | {"mask_ptr": mask}
         for tile in PACK_TILES:
             for kernel, constants in (("pack_kernel", tile), ("pack_into_kernel", (*tile, PACK_INTO_NOTES))):
-                yield make(kernel, pointers, constants, pack_warps(*tile), registers=PACK_REGISTERS)
+                yield make(kernel, pointers, constants, registers=PACK_REGISTERS)
         for tile in SCAN_TILES:
             for missing in (SCAN_ABSENT, ()):
                 yield make("pack_scan_kernel", pointers, tile, absent=missing, registers=PACK_REGISTERS)
     yield make("position_ids_kernel", INTEGERS | IDS, (POSITION_BLOCK,))
     yield make("tiles_kernel", INTEGERS, (32, 128))
-
-
-def pack_warps(batch: int, seqlen: int) -> int:
-    return min(16, max(4, batch * seqlen // 512))
 
 
 def _attention(of_class: int) -> Iterator[Variant]:

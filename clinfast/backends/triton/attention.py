@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clinfast.backends.triton import checks, cubins, device
 from clinfast.backends.triton.launch import launch
+from clinfast.ops.registry import NotOffered
 from clinfast.triton_kernels import configs
 
 MAX_HEAD_DIM = 256
@@ -24,8 +25,10 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None
 ) -> None:
     checks.rows("attention", "q", q, ndim=3)
-    if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
-        raise ValueError(f"attention: head_dim is {q.shape[2]}; the kernel serves 1 to {MAX_HEAD_DIM}")
+    if q.shape[2] < 1:
+        raise ValueError("attention: head_dim is 0; it must be at least 1")
+    if q.shape[2] > MAX_HEAD_DIM:
+        raise NotOffered(f"head_dim is {q.shape[2]}, and Triton's kernel serves at most {MAX_HEAD_DIM}")
     for name, tensor in (("k", k), ("v", v)):
         checks.rows("attention", name, tensor, q.dtype, (k.shape[0], *q.shape[1:]), ndim=3)
     batch = checks.boundaries("attention", "cu_seqlens_q", cu_seqlens_q)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from clinfast.backends.triton import device
+from clinfast.ops.registry import NotOffered
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT_NAMES = "float32, bfloat16 or float16"
@@ -72,9 +73,11 @@ def boundaries(op: str, name: str, cu_seqlens: Tensor) -> int:
 
 
 def width(op: str, hidden: int, largest: int) -> int:
-    """The power of two that holds a row."""
-    if not 1 <= hidden <= largest:
-        raise ValueError(f"{op}: hidden is {hidden}; the kernel serves 1 to {largest}")
+    """The power of two that holds a row. The next backend serves wider ones."""
+    if hidden < 1:
+        raise ValueError(f"{op}: hidden is {hidden}; it must be at least 1")
+    if hidden > largest:
+        raise NotOffered(f"hidden is {hidden}, and Triton's kernel has rows of at most {largest}")
     return max(128, power_of_two(hidden))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import zipfile
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from clinfast.backends.triton import device
-from clinfast.triton_kernels.variants import Variant
+from clinfast.triton_kernels.variants import Variant, sources
 
+log = logging.getLogger("clinfast")
 FOLDER = Path(__file__).parents[2] / "triton_kernels" / "cubins"
 # A cubin of a class below 9.0 runs on the later cards of its major version; from there on it is for one card type.
 SERVES = {(8, 0): 80, (8, 6): 80, (8, 7): 80, (8, 9): 89, (9, 0): 90, (10, 0): 100, (12, 0): 120}
@@ -48,11 +50,16 @@ def _open() -> tuple[ModuleType | None, str | None]:
 
 @functools.cache
 def archive(of_class: int) -> tuple[zipfile.ZipFile, dict[str, Any]] | None:
+    """The cubins of a device class; None where the package has none, or CLINFAST_CUBINS=0 leaves all to Triton."""
     path = FOLDER / f"sm_{of_class}.zip"
-    if not path.exists():
+    if not path.exists() or os.environ.get("CLINFAST_CUBINS") == "0":
         return None
     opened = zipfile.ZipFile(path)
-    return opened, json.loads(opened.read("manifest.json"))["kernels"]
+    manifest = json.loads(opened.read("manifest.json"))
+    if manifest.get("sources") != sources():
+        log.warning("clinfast: %s was built from other kernels than these and is not used (make cubins)", path)
+        return None
+    return opened, manifest["kernels"]
 
 
 def available(index: int) -> bool:

@@ -11,6 +11,7 @@ from clinfast.backends.triton import checks, device
 from clinfast.backends.triton.launch import launch
 from clinfast.backends.triton.layer_norm import MAX_HIDDEN
 from clinfast.triton_kernels import configs
+from clinfast.triton_kernels.variants import SUM_REGISTERS
 
 NOTHING_BAD = 2**31 - 1
 
@@ -68,7 +69,7 @@ def _embed(
          0 if token_type is None else token_type.shape[0], position_offset, int(token_type_ids is not None),
          int(position_ids is not None), *input_ids.stride(), *types.stride(), word.stride(0), position.stride(0),
          table.stride(0), float(eps)),
-        (rows, block), warps,
+        (rows, block), warps, registers=SUM_REGISTERS if weight is None else 0,
     )  # fmt: skip
     return out
 

@@ -17,7 +17,6 @@ from clinfast.triton_kernels.variants import (
     POSITION_BLOCK,
     SCAN_HEAD,
     SCAN_TILES,
-    pack_warps,
 )
 
 INT32_MAX = 2**31 - 1
@@ -71,7 +70,7 @@ def pack(
             "pack_kernel", (1, 1, 1),
             (input_ids, mask, types, cu_seqlens, indices, seqused_k, facts, batch, seqlen, vocab_size, type_vocab_size,
              *flags, *strides),
-            tile, pack_warps(*tile), registers=PACK_REGISTERS,
+            tile, registers=PACK_REGISTERS,
         )  # fmt: skip
     else:
         scan(

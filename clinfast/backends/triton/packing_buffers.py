@@ -9,7 +9,7 @@ from clinfast.backends.triton import device
 from clinfast.backends.triton.launch import Runner, runner
 from clinfast.backends.triton.packing import scan, tile_of
 from clinfast.ops.packing import PackedBuffers, PackInto
-from clinfast.triton_kernels.variants import PACK_INTO_NOTES, PACK_REGISTERS, pack_warps
+from clinfast.triton_kernels.variants import PACK_INTO_NOTES, PACK_REGISTERS
 
 _runners: dict[tuple[tuple[int, int], torch.dtype, torch.dtype, torch.dtype, torch.device], Runner] = {}
 
@@ -45,8 +45,7 @@ def pack_into(
     run = _runners.get(key)
     if run is None:
         index = device.index_of(input_ids)
-        sizes = (*tile, PACK_INTO_NOTES)
-        run = runner("pack_into_kernel", index, args, sizes, pack_warps(*tile), registers=PACK_REGISTERS)
+        run = runner("pack_into_kernel", index, args, (*tile, PACK_INTO_NOTES), registers=PACK_REGISTERS)
         _runners[key] = run
     run((1, 1, 1), args)
 

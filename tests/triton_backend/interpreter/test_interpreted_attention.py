@@ -4,6 +4,7 @@ from test_attention import boundaries, case, stock_and_exact
 
 from clinfast.backends.triton import attention as backend
 from clinfast.ops import attention as op
+from clinfast.ops import registry
 
 
 def check(args, ours=None, exact=None):
@@ -191,7 +192,7 @@ def test_bad_options_are_named():
         backend.extended(*args, window=-1)
     with pytest.raises(ValueError, match="bias has shape"):
         backend.extended(*args, bias=torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="head_dim is 257"):
+    with pytest.raises(registry.NotOffered, match="head_dim is 257"):
         op.attention(*([torch.zeros(4, 2, 257)] * 3), boundaries([4]), boundaries([4]), None, 1.0)
 
 

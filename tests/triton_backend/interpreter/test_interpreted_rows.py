@@ -10,7 +10,7 @@ from clinfast.backends.triton import gelu as gelu_backend
 from clinfast.backends.triton import launch
 from clinfast.backends.triton import layer_norm as norm_backend
 from clinfast.backends.triton import pooling as pooling_backend
-from clinfast.ops import embedding, gelu, layer_norm, linear, pooling
+from clinfast.ops import embedding, gelu, layer_norm, linear, pooling, registry
 
 
 def around(view):
@@ -180,6 +180,24 @@ def test_pooling_refuses_boundaries_outside_and_reads_nothing_there():
             pooling.pooling(x, torch.tensor(bounds, dtype=torch.int32), "mean")
 
 
+def test_rows_that_are_too_wide_go_to_the_next_backend_with_the_reason(monkeypatch):
+    partial = registry.Backend("clinfast.backends.triton", ("cpu",), partial=True)
+    monkeypatch.setitem(registry.BACKENDS, "triton", partial)
+    monkeypatch.setattr(registry, "substitutes", [])
+    registry.implementation.cache_clear()
+    registry.calls.clear()
+    x, weight = torch.randn(2, 9000), torch.ones(9000)
+    try:
+        ours = layer_norm.layer_norm(x, None, weight, weight, 1e-5)
+    finally:
+        registry.implementation.cache_clear()
+    torch.testing.assert_close(ours, torch.nn.functional.layer_norm(x, (9000,), weight, weight, 1e-5))
+    assert registry.calls == {"layer_norm[torch]": 1}
+    assert registry.substitutes == [
+        "torch serves layer_norm where hidden is 9000, and Triton's kernel has rows of at most 8192"
+    ]
+
+
 def norm(x, residual=None, weights=None):
     weight = torch.ones(weights or x.shape[1])
     return layer_norm.layer_norm(x, residual, weight, torch.ones(x.shape[1]), 1e-5)
@@ -189,7 +207,6 @@ def norm(x, residual=None, weights=None):
     ("call", "message"),
     [
         (lambda: norm(torch.zeros(2, 4).double()), "x has dtype"),
-        (lambda: norm(torch.zeros(2, 9000)), "hidden is 9000"),
         (lambda: norm(torch.zeros(2, 4), torch.zeros(3, 4)), "residual has shape"),
         (lambda: norm(torch.zeros(2, 4), weights=5), "weight is"),
         (lambda: gelu.gelu(torch.zeros(4, 2).t()), "x has strides"),
