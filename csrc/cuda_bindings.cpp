@@ -137,15 +137,16 @@ void attention_at(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t 
 }
 
 // False where there is no such kernel for these sizes, this card, or this build.
-bool linear_at(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t out, int64_t x_stride,
-               int64_t weight_stride, int64_t residual_stride, int64_t out_stride, int64_t rows, int64_t in_features,
+bool linear_at(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t bias16, uintptr_t out,
+               int64_t x_stride, int64_t weight_stride, int64_t residual_stride, int64_t out_stride, int64_t rows, int64_t in_features,
                int64_t out_features, bool gelu, int dtype, int32_t multiprocessors, int device, uintptr_t stream) {
   const LinearArgs args{pointer<void>(x), pointer<void>(weight), pointer<float>(bias), pointer<void>(residual),
-                        pointer<void>(out), x_stride, weight_stride, residual_stride, out_stride, rows, in_features,
+                        pointer<void>(bias16), pointer<void>(out), x_stride, weight_stride, residual_stride, out_stride, rows, in_features,
                         out_features, multiprocessors};
   bool served = true;
   on_device("linear", device, [&] {
-    const int code = linear_wgmma(args, gelu, DType(dtype), pointer<void>(stream));
+    int code = linear_wgmma(args, gelu, DType(dtype), pointer<void>(stream));
+    if (code == kNotServed && gelu && !residual) code = linear_mma(args, DType(dtype), pointer<void>(stream));
     served = code != kNotServed;
     return served ? code : 0;
   });
@@ -187,7 +188,7 @@ void add_cuda(py::module_ m) {
   m.def("attention", &attention_at);
   m.def("attention_segments", &attention_segments, "Parts of a note's keys that the kernel for few queries may make.");
   m.def("linear", &linear_at);
-  m.def("has_cutlass", &has_cutlass, "Whether this build has the Hopper product.");
+  m.def("has_cutlass", &has_cutlass, "Whether this build has a product of our own, by CUTLASS.");
 }
 
 }  // namespace clinfast

@@ -136,13 +136,16 @@ int attention(const AttentionArgs &args, DType dtype, AttentionKernel kernel, St
 struct LinearArgs {
   const void *x, *weight;
   const float *bias;
-  const void *residual;
+  const void *residual, *bias16;  // bias16: the bias in the dtype of x, for linear_mma
   void *out;
   int64_t x_stride, weight_stride, residual_stride, out_stride, rows, in_features, out_features;
   int32_t multiprocessors;
 };
+// gelu(x @ weight.T + bias) alone, on compute capability 8.0 to 8.9, where the build had CUTLASS.
+int linear_mma(const LinearArgs &args, DType dtype, Stream stream);
 int linear_wgmma(const LinearArgs &args, bool gelu, DType dtype, Stream stream);
-bool has_cutlass();
+bool has_linear_mma();
+bool has_cutlass();  // for one of the two
 
 // What the driver and the build have; does not start the driver's context.
 struct Versions {

@@ -105,13 +105,14 @@ template <typename Element> int run(const LinearArgs &args, bool gelu, Stream st
 bool has_cutlass() { return true; }
 
 int linear_wgmma(const LinearArgs &args, bool gelu, DType dtype, Stream stream) {
+  if (capability() != 90) return kNotServed;
   if (dtype == DType::bf16) return run<cutlass::bfloat16_t>(args, gelu, stream);
   return dtype == DType::f16 ? run<cutlass::half_t>(args, gelu, stream) : kNotServed;
 }
 
 #else
 
-bool has_cutlass() { return false; }
+bool has_cutlass() { return has_linear_mma(); }
 
 int linear_wgmma(const LinearArgs &, bool, DType, Stream) { return kNotServed; }
 

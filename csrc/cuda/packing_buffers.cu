@@ -25,8 +25,12 @@ template <bool Counted> __device__ __forceinline__ int rows_before(const PackArg
   if (Counted) {
     for (int64_t other = threadIdx.x; other < note; other += kThreads) before += from.seqused_k[other];
   } else {
-    for (int64_t at = threadIdx.x; at < note * from.seqlen; at += kThreads)
-      before += is_real(from, at / from.seqlen, at % from.seqlen);
+    // 32 bits are enough for so few positions.
+    const uint32_t seqlen = uint32_t(from.seqlen), end = uint32_t(note) * seqlen;
+    for (uint32_t at = threadIdx.x; at < end; at += kThreads) {
+      const uint32_t other = at / seqlen;
+      before += is_real(from, other, at - other * seqlen);
+    }
   }
   return block_all(before, scratch, Plus());
 }
@@ -88,7 +92,7 @@ __device__ __forceinline__ Facts own_facts(const PackArgs &from) {
   return facts;
 }
 
-template <bool Counted> __global__ void __launch_bounds__(kThreads) pack_into_kernel(const PackIntoArgs args) {
+template <bool Counted> __global__ void __launch_bounds__(kThreads, 1) pack_into_kernel(const PackIntoArgs args) {
   after_earlier_grids();
   CLINFAST_SHARED(int, scratch, kWarps);
   const PackArgs &from = args.from;

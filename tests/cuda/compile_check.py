@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +27,7 @@ CACHE = ROOT / "build" / "cuda_check"
 TARGETS = ("75", "80", "86", "89", "90a", "100", "120")
 DEFAULT_TARGETS = ("80", "90a", "120")
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xptxas", "-v", "-I", str(CSRC)]
+CUTLASS_TARGETS = {"linear_wgmma": ("90a",), "linear_mma": ("80", "86", "89")}
 # Where a stack frame is no sign of trouble: none today.
 SLOW_KERNELS: tuple[str, ...] = ()
 
@@ -54,7 +56,7 @@ def cutlass() -> str | None:
 
 def flags(source: Path, target: str) -> list[str]:
     found = cutlass()
-    if source.stem != "linear_wgmma" or target != "90a" or found is None:
+    if target not in CUTLASS_TARGETS.get(source.stem, ()) or found is None:
         return FLAGS
     includes = ["-I", f"{found}/include", "-I", f"{found}/tools/util/include"]
     return [*FLAGS, "-DCLINFAST_CUTLASS", "--expt-relaxed-constexpr", *includes]
@@ -166,6 +168,8 @@ def kernels(source: Path, target: str) -> list[Kernel]:
 def short_name(mangled: str) -> str:
     """`layer_norm_kernel<float, 6, 32, true>` of a mangled name."""
     plain = subprocess.run(["c++filt", mangled], capture_output=True, text=True).stdout.strip() or mangled
+    if len(plain) > 200:  # CUTLASS's, of a kilobyte
+        return f"CUTLASS {'bf16' if 'bfloat16' in plain else 'fp16'}, {zlib.crc32(mangled.encode()):08x}"
     plain = re.sub(r"clinfast::cuda::|\(anonymous namespace\)::|^void ", "", plain)
     return re.sub(r"\(\w+\)", "", plain.removesuffix(plain[plain.rfind("(") :]) if plain.endswith(")") else plain)
 

@@ -3,7 +3,7 @@ import torch
 from helpers import assert_within_budget
 
 from clinfast.backends.cuda import native
-from clinfast.backends.cuda.linear import LibraryLinear
+from clinfast.backends.cuda.linear import LibraryLinear, OwnLinear
 from clinfast.ops import linear as op
 
 
@@ -26,6 +26,23 @@ def test_matches_reference(machine, rows, inputs, outputs, activation, dtype):
         exact = op.reference(*(t if t is None else t.double() for t in (x, weight, b)), activation,
                              None if r is None else r.double())  # fmt: skip
         assert_within_budget(prepacked(machine, x, weight, b, activation, r), stock, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("residual", [False, True])
+def test_our_product_or_the_library_where_there_is_none(machine, residual, dtype, monkeypatch):
+    """The emulation has no product by CUTLASS; a GPU of 8.0 to 9.0 has one, where the build had its headers."""
+    if not machine.on_gpu:
+        monkeypatch.setattr(native, "multiprocessors", lambda device: 4)
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(s, generator=g).to(dtype) / 4 for s in ((70, 64), (256, 64), (256,)))
+    other = torch.randn(70, 256, generator=g).to(dtype) if residual else None
+    linear = OwnLinear(machine.there(weight), machine.there(bias), dtype)
+    for activation in ("none", "gelu"):
+        stock = op.reference(x, weight, bias, activation, other)
+        exact = op.reference(*(t if t is None else t.double() for t in (x, weight, bias)), activation,
+                             None if other is None else other.double())  # fmt: skip
+        assert_within_budget(machine(linear, x, activation, other), stock, exact)
 
 
 def test_bad_arguments_are_named(machine):

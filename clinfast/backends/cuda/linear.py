@@ -1,5 +1,6 @@
-"""`linear` on a GPU: the library of torch multiplies, and our kernel adds the bias and applies GELU in one pass. On
-Hopper, CLINFAST_CUDA_LINEAR=wgmma has our own product do all of it; off until a GPU has shown it right and faster."""
+"""`linear` on a GPU: the library of torch multiplies, and our kernel adds the bias and applies GELU in one pass.
+CLINFAST_CUDA_LINEAR=wgmma on Hopper, and =mma on 8.0 to 8.9, has a product of our own do all of it; off until a GPU has
+shown them right and faster."""
 
 from __future__ import annotations
 
@@ -15,7 +16,10 @@ from clinfast.backends.cuda.gelu import gelu
 from clinfast.backends.torch import linear, scatter_in_blocks
 from clinfast.ops.linear import ACTIVATIONS, activate
 
-PRODUCTS = ("library", "wgmma")
+# Our products, by the compute capabilities that they are for.
+PRODUCTS: dict[str, tuple[tuple[int, int], ...]] = {
+    "library": (), "wgmma": ((9, 0),), "mma": ((8, 0), (8, 6), (8, 7), (8, 9)),
+}  # fmt: skip
 GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
@@ -50,8 +54,8 @@ class LibraryLinear:
         scatter_in_blocks(self, x, rows, out)
 
 
-class WgmmaLinear(LibraryLinear):
-    """Our product with bias and exact GELU, or bias and residual, behind it; the library for the rest."""
+class OwnLinear(LibraryLinear):
+    """Our product with bias and exact GELU, or on Hopper bias and residual, behind it; the library for the rest."""
 
     __slots__ = ()
 
@@ -80,9 +84,10 @@ class WgmmaLinear(LibraryLinear):
         device = x.get_device()
         served = native.on(device).linear(
             x.data_ptr(), self.weight.data_ptr(), native.address(self._bias32), native.address(residual),
-            out.data_ptr(), x.stride(0), self.in_features, 0 if residual is None else residual.stride(0),
-            self.out_features, x.shape[0], self.in_features, self.out_features, with_gelu, native.DTYPES[self.dtype],
-            native.multiprocessors(device), device, native.stream(device),
+            native.address(self.bias), out.data_ptr(), x.stride(0), self.in_features,
+            0 if residual is None else residual.stride(0), self.out_features, x.shape[0], self.in_features,
+            self.out_features, with_gelu, native.DTYPES[self.dtype], native.multiprocessors(device), device,
+            native.stream(device),
         )  # fmt: skip
         return out if served else None
 
@@ -96,8 +101,9 @@ def product() -> str:
 
 
 def prepack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> LibraryLinear:
-    if product() == "wgmma" and native.capability(weight.get_device()) == (9, 0):
-        return WgmmaLinear(weight, bias, dtype)
+    served = PRODUCTS[product()]
+    if served and native.capability(weight.get_device()) in served:
+        return OwnLinear(weight, bias, dtype)
     return LibraryLinear(weight, bias, dtype)
 
 
