@@ -142,6 +142,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "SIZES": {"768x3072": (64, 128), "1024x4096": (33, 70)},
     },
     "bench_triton_packing": {
-        "HIDDEN": 192, "LAYERS": 1, "CALLS": 1, "ITERATIONS": 1, "BATCHES": {"32x512": (4, 90), "128x512": (9, 300)}
+        "HIDDEN": 192, "LAYERS": 1, "CALLS": 1, "ITERATIONS": 1, "FORWARDS": 1,
+        "BATCHES": {"32x512": (4, 20), "128x512": (9, 300)},
     },
 }
