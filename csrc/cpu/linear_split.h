@@ -30,13 +30,20 @@ static inline void split_words(Vec low, Vec high, float *to, int64_t stride) {
   auto rounded = [&](Vec x) {
     return Vec{_mm512_castsi512_ps(_mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(x.v), half), top))};
   };
+  // Below 2^-110 the last pieces have bits that bf16 lacks: those must not reach the neighbour's half.
+  auto word = [&](Vec a, Vec b) {
+    constexpr int kFirstOrMaskedSecond = 0xf8;
+    const __m512i shifted = _mm512_srli_epi32(_mm512_castps_si512(a.v), 16);
+    return Vec{_mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(shifted, _mm512_castps_si512(b.v), top, kFirstOrMaskedSecond))};
+  };
   for (int piece = 0; piece < kPieces - 1; piece++, to += stride) {
     const Vec a = rounded(low), b = rounded(high);
-    zip_pairs(a, b).store(to);
+    word(a, b).store(to);
     low = low - a;
     high = high - b;
   }
-  zip_pairs(low, high).store(to);
+  word(low, high).store(to);
 }
 
 // Memory of a thread that lasts from call to call.

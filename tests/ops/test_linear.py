@@ -69,6 +69,24 @@ def test_our_own_on_each_instruction_set(isa, rows, inputs, outputs, dtype):
     assert torch.equal(compiled.NativeLinear(offset_view(weight), bias, dtype)(x), packed(x))
 
 
+@pytest.mark.parametrize("inputs", [64, 100, 1600])
+def test_fp32_of_any_size_on_each_instruction_set(isa, inputs):
+    """From subnormal to nearly infinite, as in the tail of a GELU: where a product is cut in pieces, so are these."""
+    x, weight, bias, _ = case(19, inputs, 40, torch.float32)
+    for exponent in (-149, -140, -133, -126, -118, -110, -100, -60, 60, 100):
+        tiny = torch.where(torch.arange(inputs) % 3 == 1, x, x.sign() * 1.37 * 2.0**exponent)
+        for values in (tiny, -tiny, x * 2.0**exponent):
+            found = compiled.NativeLinear(weight, None, torch.float32)(values)
+            exact = values.double() @ weight.double().T
+            # As many roundings as inputs, and what is lost where a subnormal counts as zero.
+            bound = inputs * 2.0**-24 * (values.double().abs() @ weight.double().abs().T) + inputs * 2.0**-124
+            assert ((found - exact).abs() <= bound).all(), exponent
+    for bad in (float("inf"), float("-inf"), float("nan")):
+        x[3, 5] = bad
+        found = compiled.NativeLinear(weight, bias, torch.float32)(x)
+        assert not found[3].isfinite().any() and found[:3].isfinite().all() and found[4:].isfinite().all()
+
+
 def test_what_was_packed_for_one_instruction_set_is_multiplied_by_it():
     x, weight, bias, _ = case(5, 100, 60, torch.float32)
     packed = compiled.NativeLinear(weight, bias, torch.float32)
