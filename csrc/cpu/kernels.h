@@ -7,12 +7,15 @@ namespace clinfast {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1 };
 enum class GeluKind : int32_t { erf = 0, tanh = 1 };
-enum class Activation : int32_t { none = 0, gelu = 1, gelu_tanh = 2, relu = 3, tanh = 4 };
+enum class Activation : int32_t { none = 0, gelu = 1, gelu_tanh = 2, relu = 3, tanh = 4, silu = 5 };
 enum class PoolingKind : int32_t { first_token = 0, mean = 1, max = 2 };
 enum class MaskType : int32_t { none = 0, bytes = 1, int32 = 4, int64 = 8 };
 
 // out[t, h] = softmax(scale * q[t, h] . k[s, h]) @ v[s, h] over the keys s of t's own note.
 // Last dimensions are contiguous. seqused_k may be null; it bounds the keys of note b to the first seqused_k[b].
+// With a window, a query looks at keys whose place is at most `window` from its own; those outside are skipped. The place
+// of a note's i-th token is places[cu_seqlens_k[b] + i], which ascends over the used keys, and i where places is null; its
+// i-th query has the i-th token's.
 struct AttentionArgs {
   const void *q, *k, *v;
   void *out;
@@ -23,6 +26,32 @@ struct AttentionArgs {
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_k;
   int64_t batch, num_heads, head_dim;
   float scale;
+  DType dtype;
+  int32_t num_threads;
+  int64_t window = -1;
+  const int32_t *places = nullptr;
+};
+
+// Rotates the halves of each head of x [tokens, num_heads, head_dim] by its token's place p, in place: (a, b) becomes
+// (a cos[p] - b sin[p], b cos[p] + a sin[p]) with tables [positions, head_dim / 2]. Places as in AttentionArgs; a negative one
+// turns backwards. Returns the first token whose place is not within the tables, which is left as it was, or -1.
+struct RotateArgs {
+  void *x;
+  const float *cos, *sin;
+  const int32_t *cu_seqlens, *places;
+  int64_t token_stride, head_stride;
+  int64_t batch, tokens, num_heads, head_dim, positions;
+  DType dtype;
+  int32_t num_threads;
+};
+
+// out[r, i] = activation(x[r, i]) * x[r, outputs + i].
+struct GateArgs {
+  const void *x;
+  void *out;
+  int64_t x_stride, out_stride;
+  int64_t rows, outputs;
+  Activation activation;
   DType dtype;
   int32_t num_threads;
 };
@@ -62,6 +91,7 @@ struct EmbeddingArgs {
 
 // out = activation(x @ weight.T + bias) + residual. `packed` was written by linear_pack for the same instruction set.
 // bias and residual may be null; residual may not overlap out. out_rows may be null; else row r goes to row out_rows[r].
+// With `gated`, weights (packed so) and bias have twice out_features rows, and out = activation(first half) * second half.
 struct LinearArgs {
   const void *x, *packed;
   const float *bias;
@@ -73,6 +103,7 @@ struct LinearArgs {
   Activation activation;
   DType dtype;
   int32_t num_threads;
+  bool gated = false;
 };
 
 // out = gelu(x + bias); bias may be null.
@@ -148,11 +179,18 @@ struct LinearWeights {
 struct NormWeights {
   const float *weight, *shift;
 };
+// Tables of RotateArgs, null where nothing is rotated.
+struct RotationTables {
+  const float *cos, *sin;
+};
+// Where attention_norm is null, a pre-norm layer's attention takes its input as it is. `window` as in AttentionArgs.
 struct LayerWeights {
   LinearWeights qkv, attention_output;
   NormWeights attention_norm;
   LinearWeights ffn_in, ffn_out;
   NormWeights output_norm;
+  RotationTables rotation;
+  int64_t window;
 };
 
 // x [tokens, num_heads * head_dim], contiguous, through `num_layers` layers, in place. `workspace` has
@@ -168,6 +206,9 @@ struct EncoderArgs {
   int32_t pre_norm;
   DType dtype;
   int32_t num_threads;
+  bool gated = false;  // ffn_in is
+  const int32_t *places = nullptr;
+  int64_t positions = 0;  // of the rotation tables
 };
 
 struct KernelTable {
@@ -177,15 +218,17 @@ struct KernelTable {
   int64_t (*embedding)(const EmbeddingArgs &);
   void (*gelu)(const GeluArgs &);
   void (*linear)(const LinearArgs &);
-  int64_t (*linear_packed_bytes)(int64_t in_features, int64_t out_features, DType dtype);
-  void (*linear_pack)(const void *weight, int64_t stride, int64_t in_features, int64_t out_features, DType dtype,
-                      void *packed, int num_threads);
+  int64_t (*linear_packed_bytes)(int64_t in_features, int64_t out_features, bool gated, DType dtype);
+  void (*linear_pack)(const void *weight, int64_t stride, int64_t in_features, int64_t out_features, bool gated,
+                      DType dtype, void *packed, int num_threads);
   void (*encoder)(const EncoderArgs &);
   int64_t (*encoder_workspace_bytes)(int64_t tokens, int64_t hidden, int64_t intermediate, DType dtype);
   int64_t (*pooling)(const PoolingArgs &);
   void (*pack)(const PackArgs &, PackResult &);
   int64_t (*unpack)(const UnpackArgs &);
   void (*position_ids)(const PositionArgs &);
+  int64_t (*rotate)(const RotateArgs &);
+  void (*gate)(const GateArgs &);
 };
 
 // Whether the `width` bytes at each address equal the `count * width` bytes at `expected`.

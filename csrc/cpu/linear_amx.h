@@ -40,6 +40,10 @@ template <typename Activate> struct AmxLinear {
     const bf16_t *residual =
         a.residual ? static_cast<const bf16_t *>(a.residual) + row * a.residual_stride + pending.column : nullptr;
     const float *bias = a.bias ? a.bias + pending.column : nullptr;
+    if (a.gated) {
+      store_gated(from, bias, columns, out);
+      return;
+    }
     auto at = [&](int64_t i, int n) {
       Vec y = Vec::load(from + i);
       if (bias) y = y + load(bias + i, n);
@@ -48,6 +52,18 @@ template <typename Activate> struct AmxLinear {
     };
     if (columns >= kPanel) store_both(at(0, Vec::N), at(Vec::N, Vec::N), out);
     else for_lanes(columns, [&](int64_t i, int n) { store(at(i, n), out + i, n); });
+  }
+
+  // `columns` are the outputs from the panel's first one on, of which it has half of kPanel.
+  void store_gated(const float *from, const float *bias, int64_t columns, bf16_t *out) {
+    for_lanes(columns < kPanel / 2 ? columns : kPanel / 2, [&](int64_t i, int n) {
+      Vec x = Vec::load(from + i), gate = Vec::load(from + kPanel / 2 + i);
+      if (bias) {
+        x = x + load(bias + i, n);
+        gate = gate + load(bias + a.out_features + i, n);
+      }
+      store(activate(x) * gate, out + i, n);
+    });
   }
 
   void finish() {
@@ -107,7 +123,7 @@ template <typename Activate> struct AmxLinear {
                  row,
                  row + kAmxRows,
                  end - row < kBlockRows ? end : row + kBlockRows,
-                 panel * kPanel};
+                 panel * (a.gated ? kPanel / 2 : kPanel)};
     }
   }
 };
