@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clinfast.ops import attention_biased as biased
 from clinfast.ops.linear import activate
 from clinfast.ops.packing import PackedBuffers, PackInto
 
@@ -246,12 +247,50 @@ def attention(
     return out
 
 
+# Queries that meet all the keys of a note at a time: their biases are in memory.
+BIASED_QUERIES = 128
+
+
+def attention_biased(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor | None,
+    scale: float,
+    bias: Tensor,
+    q_places: Tensor | None = None,
+    k_places: Tensor | None = None,
+) -> Tensor:
+    """scaled_dot_product_attention in fp32, whose mask is the bias, a block of one note's queries at a time."""
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    queries, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    used = [b - a for a, b in itertools.pairwise(keys)] if seqused_k is None else seqused_k.tolist()
+    for note, count in enumerate(used):
+        if not count:
+            continue
+        of_keys = slice(keys[note], keys[note] + count)
+        own_k, own_v = (t[of_keys].float().transpose(0, 1) for t in (k, v))
+        own = slice(queries[note], queries[note + 1])
+        at, to = biased.places_of(own, q_places), biased.places_of(of_keys, k_places)
+        for start in range(0, own.stop - own.start, BIASED_QUERIES):
+            rows = slice(own.start + start, min(own.start + start + BIASED_QUERIES, own.stop))
+            mask = biased.biases(bias, at[start : start + BIASED_QUERIES], to)
+            result = functional.scaled_dot_product_attention(
+                q[rows].float().transpose(0, 1)[None], own_k[None], own_v[None], mask[None], scale=scale
+            )
+            out[rows] = result[0].transpose(0, 1).to(q.dtype)
+    return out
+
+
 def implementations() -> dict[str, Callable[..., Any]]:
     from clinfast.backends import fp8  # which has this module's functions in it
 
     return {
         **fp8.IMPLEMENTATIONS,
         "attention": attention,
+        "attention_biased": attention_biased,
         "embedding": embedding,
         "gelu": gelu,
         "layer_norm": layer_norm,

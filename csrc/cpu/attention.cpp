@@ -4,8 +4,7 @@
 // register tiles. Blocks start at the note's first key, so a row's arithmetic is a function of its own note alone.
 #include <cstdlib>
 
-#include "attention_amx.h"
-#include "attention_pack.h"
+#include "attention_window.h"
 
 namespace clinfast {
 namespace CLINFAST_ISA {
@@ -17,11 +16,8 @@ static constexpr int64_t kPackRows = 8;
 // Below this many multiply-adds (about 3 us), waking a team costs more than it gains.
 static constexpr int64_t kSerialWork = 1 << 17;
 
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 struct Scratch {
-  float *keys, *values, *queries, *scores, *weights, *out, *maximum, *sum;
+  float *keys, *values, *queries, *scores, *weights, *out, *maximum, *sum, *line, *terms;
 };
 
 // Wide heads take half the keys and rows at a time, to stay within L2.
@@ -61,7 +57,8 @@ static Scratch thread_scratch(int64_t head_dim) {
   carve<Scratch>({{&s.keys, head_dim * block_keys}, {&s.values, width * block_keys},
                   {&s.queries, kRows * kPanelStride}, {&s.scores, kRows * kPanelStride},
                   {&s.weights, kRows * kPanelStride}, {&s.out, max_rows * width},
-                  {&s.maximum, max_rows},             {&s.sum, max_rows}});
+                  {&s.maximum, max_rows},             {&s.sum, max_rows},
+                  {&s.line, max_rows + block_keys + BiasTerms::kSpare}, {&s.terms, kRows * kPanelStride}});
   return s;
 }
 
@@ -72,7 +69,8 @@ static AmxScratch amx_scratch(int64_t head_dim) {
   carve<AmxScratch>({{&s.keys, width / 2 * kAmxKeys}, {&s.values, width * kAmxKeys / 2},
                      {&s.queries, rows * width / 2}, {&s.scores, kAmxGroup * kPanelStride},
                      {&s.weights, kAmxGroup * kPanelStride}, {&s.products, kAmxGroup * width},
-                     {&s.out, rows * width}, {&s.maximum, rows}, {&s.sum, rows}});
+                     {&s.out, rows * width}, {&s.maximum, rows}, {&s.sum, rows},
+                     {&s.line, rows + kAmxKeys + BiasTerms::kSpare}, {&s.terms, kAmxGroup * kPanelStride}});
   return s;
 }
 #endif
@@ -84,29 +82,26 @@ static inline void prefetch_rows(const T *row, int64_t stride, int64_t rows, int
     for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, Write, Write ? 3 : 2);
 }
 
-template <typename T> struct Item {
-  const T *q, *k, *v;
-  T *out;
-  int64_t rows, keys;
-  int64_t note_rows;
-};
-
-template <typename T, bool Pairs> struct Attention {
+template <typename T, bool Pairs, typename Terms> struct Attention {
   const AttentionArgs &a;
   const Scratch s;
   const int64_t head_dim, depth, width;
   const float factor;
   const bool queries_in_place, values_in_place;
+  Terms terms;
   static constexpr int kElements = Pairs ? 2 : 1;  // of a word
 
   explicit Attention(const AttentionArgs &args)
       : a(args), s(thread_scratch(args.head_dim)), head_dim(args.head_dim),
         depth(Pairs ? (head_dim + 1) / 2 : head_dim), width(round_up(head_dim, Vec::N)),
-        factor(float(double(args.scale < 0 ? -args.scale : args.scale) * 1.44269504088896341)),
+        factor(Terms::kScaled ? 1.0f : float(double(args.scale < 0 ? -args.scale : args.scale) * kLog2e)),
         queries_in_place(sizeof(T) * kElements == sizeof(float) && head_dim % kElements == 0 &&
                          a.q_token_stride % kElements == 0 && a.q_head_stride % kElements == 0 &&
                          reinterpret_cast<uintptr_t>(a.q) % sizeof(float) == 0),
-        values_in_place(sizeof(T) == sizeof(float) && width == head_dim) {}
+        values_in_place(sizeof(T) == sizeof(float) && width == head_dim), terms(args, s.line, s.terms, kPanelStride) {}
+
+  static constexpr bool kScaled = Terms::kScaled;
+  int64_t block_keys() const { return halved(kBlockKeys, head_dim); }
 
   // M rows of the item from `row` on, against its keys [key, key + keys).
   template <int M> void panel(const Item<T> &item, int64_t row, int64_t key, int64_t keys) {
@@ -120,6 +115,8 @@ template <typename T, bool Pairs> struct Attention {
     prefetch_rows(q + M * a.q_token_stride, a.q_token_stride, smaller(item.rows - row - M, kRows), head_dim);
     if (last) prefetch_rows<T, true>(out, a.out_token_stride, M, head_dim);
 
+    const auto added = terms.of_panel(row, M, key, keys);
+    const bool negate = !Terms::kScaled && a.scale < 0;
     Vec row_max[M];
     for (int i = 0; i < M; i++) row_max[i] = Vec::set(-__builtin_inff());
     for (int64_t j = 0; j < keys; j += kTileKeys) {
@@ -132,9 +129,19 @@ template <typename T, bool Pairs> struct Attention {
         prefetch_rows(k + kTileKeys * a.k_token_stride, a.k_token_stride, smaller(keys - j - kTileKeys, kTileKeys),
                       head_dim);
       }
-      score_tile<Pairs, M>(queries, query_stride, tile, depth, a.scale < 0, tile_keys, s.scores + j, row_max);
+      score_tile<Pairs, M>(queries, query_stride, tile, depth, negate, tile_keys, s.scores + j, row_max, added, j);
     }
 
+    if (row == 0 && !values_in_place) pack_values<Pairs>(v, a.v_token_stride, keys, head_dim, width, s.values);
+    weigh_and_multiply<M>(item, row, v, 0, keys, keys, first, last, row_max);
+  }
+
+  // From the scores of M rows with the keys [begin, end) of a block, whose values start at `v`, to their part of the result;
+  // up to `padded` the scores are to be weighed too. `begin` is a multiple of Vec::N.
+  template <int M>
+  void weigh_and_multiply(const Item<T> &item, int64_t row, const T *v, int64_t begin, int64_t end, int64_t padded, bool first,
+                          bool last, const Vec *row_max) {
+    T *out = item.out + row * a.out_token_stride;
     float maximum[M], before[M], sum[M], rescale[M], scale[M];
     float *weights = Pairs ? s.weights : s.scores;
 #pragma GCC unroll 8
@@ -144,7 +151,7 @@ template <typename T, bool Pairs> struct Attention {
         before[i] = s.maximum[row + i];
         if (before[i] > maximum[i]) maximum[i] = before[i];
       }
-    weigh_rows<Pairs, M>(s.scores, weights, keys, factor, maximum, sum);
+    weigh_rows<Pairs, M>(s.scores + begin, weights + begin / kElements, padded - begin, factor, maximum, sum);
     if (!first)
       for (int i = 0; i < M; i++) {
         rescale[i] = exp2_nonpositive<Pairs>(Vec::set((before[i] - maximum[i]) * factor)).max();
@@ -157,21 +164,20 @@ template <typename T, bool Pairs> struct Attention {
       }
     for (int i = 0; i < M; i++) scale[i] = 1.0f / sum[i];
 
-    if (row == 0 && !values_in_place) pack_values<Pairs>(v, a.v_token_stride, keys, head_dim, width, s.values);
     const float *values = values_in_place ? reinterpret_cast<const float *>(v) : s.values;
     const int64_t value_stride = values_in_place ? a.v_token_stride : width;
-    const int64_t steps = Pairs ? (keys + 1) / 2 : keys;
+    const int64_t first_step = begin / kElements, steps = Pairs ? (end + 1) / 2 : end;
     const int64_t vecs = width / Vec::N, chunks = (vecs + kTileVecs - 1) / kTileVecs;
-    for (int64_t step = 0; step < steps; step += kValueChain) {
-      const int64_t count = smaller(steps - step, kValueChain);
-      const bool resumed = !first || step > 0, done = last && step + count == steps;
+    for (int64_t step = first_step, count; step < steps; step += count) {
+      count = smaller(steps - step, kValueChain - step % kValueChain);
+      const bool resumed = !first || step > first_step, done = last && step + count == steps;
       for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        const int64_t begin = vecs * chunk / chunks, end = vecs * (chunk + 1) / chunks;
-        with_constant<kTileVecs>(end - begin, [&](auto n) {
+        const int64_t left = vecs * chunk / chunks, right = vecs * (chunk + 1) / chunks;
+        with_constant<kTileVecs>(right - left, [&](auto n) {
           multiply_tile<Pairs, M, decltype(n)::value>(
-              weights + step, kPanelStride, values + step * value_stride + begin * Vec::N, value_stride, count,
+              weights + step, kPanelStride, values + step * value_stride + left * Vec::N, value_stride, count,
               [&](int i, int j, Vec c) {
-                const int64_t column = (begin + j) * Vec::N;
+                const int64_t column = (left + j) * Vec::N;
                 float *partial = s.out + (row + i) * width + column;
                 if (resumed) c = fma(Vec::load(partial), Vec::set(rescale[i]), c);
                 if (!done) return c.store(partial);
@@ -190,9 +196,10 @@ template <typename T, bool Pairs> struct Attention {
         memset(item.out + row * a.out_token_stride, 0, size_t(head_dim) * sizeof(T));
       return;
     }
-    const int64_t block_keys = halved(kBlockKeys, head_dim);
-    for (int64_t key = 0; key < item.keys; key += block_keys) {
-      const int64_t keys = smaller(item.keys - key, block_keys);
+    terms.begin_item(item);
+    for (int64_t key = 0; key < item.keys; key += block_keys()) {
+      const int64_t keys = smaller(item.keys - key, block_keys());
+      terms.begin_block(key, keys);
       for (int64_t row = 0; row < item.rows; row += kRows)
         with_constant<kRows>(smaller(item.rows - row, kRows),
                              [&](auto m) { panel<decltype(m)::value>(item, row, key, keys); });
@@ -202,15 +209,15 @@ template <typename T, bool Pairs> struct Attention {
 
 #if defined(CLINFAST_AMX)
 // Which of the two computes a note depends on its own queries only, as its bits must.
-struct AmxOrVector {
-  AmxAttention amx;
-  Attention<bf16_t, true> vector;
+template <typename Amx, typename Vector> struct AmxOrVector {
+  Amx amx;
+  Vector vector;
 
   explicit AmxOrVector(const AttentionArgs &args) : amx(args, amx_scratch(args.head_dim)), vector(args) {}
 
   void run(const Item<bf16_t> &item) {
     if (item.note_rows < kAmxFewestQueries || item.keys == 0) vector.run(item);
-    else amx.run(item.q, item.k, item.v, item.out, item.rows, item.keys);
+    else amx.run(item);
   }
 };
 #endif
@@ -229,9 +236,15 @@ struct Schedule {
     return n;
   }
 
+  // Keys that a row of the note meets, about.
+  int64_t met(int64_t note) const {
+    const int64_t all = keys(note);
+    return a.window < 0 ? all : smaller(all, 2 * a.window + panel_rows);
+  }
+
   Schedule(const AttentionArgs &args, int64_t rows_of_a_panel) : a(args), panel_rows(rows_of_a_panel) {
     for (int64_t note = 0; note < a.batch; note++)
-      if (rows(note)) total += (rows(note) + kPackRows) * keys(note);
+      if (rows(note)) total += rows(note) * met(note) + kPackRows * keys(note);
     if (total * a.num_heads * a.head_dim >= kSerialWork) threads = a.num_threads < 1 ? 1 : a.num_threads;
     share = total * a.num_heads / (threads * 6) + 1;
   }
@@ -241,7 +254,7 @@ struct Schedule {
     const int64_t max_rows = halved(kMaxRows, a.head_dim);
     int64_t parts = (n + max_rows - 1) / max_rows;
     if (threads > 1) {
-      const int64_t wanted = n * keys(note) / share + 1, most = n / kMinRows;
+      const int64_t wanted = n * met(note) / share + 1, most = n / kMinRows;
       if (parts < wanted) parts = wanted < most ? wanted : (most > parts ? most : parts);
     }
     return round_up((n + parts - 1) / parts, panel_rows);
@@ -264,7 +277,7 @@ template <typename T, typename Kernel> static void work(const Schedule &plan, in
       const int64_t rows = plan.rows(note), keys = plan.keys(note);
       if (rows == 0) continue;
       const int64_t step = plan.rows_per_item(note);
-      if ((step * keys > plan.share / 4) != (pass == 0)) continue;
+      if ((step * plan.met(note) > plan.share / 4) != (pass == 0)) continue;
       const int64_t end = begin + (rows + step - 1) / step * a.num_heads;
       for (; ticket < end; ticket = take(next)) {
         const int64_t head = (ticket - begin) % a.num_heads, row = (ticket - begin) / a.num_heads * step;
@@ -273,7 +286,8 @@ template <typename T, typename Kernel> static void work(const Schedule &plan, in
                        static_cast<const T *>(a.k) + k * a.k_token_stride + head * a.k_head_stride,
                        static_cast<const T *>(a.v) + k * a.v_token_stride + head * a.v_head_stride,
                        static_cast<T *>(a.out) + q * a.out_token_stride + head * a.out_head_stride,
-                       smaller(rows - row, step), keys, rows});
+                       smaller(rows - row, step), keys, rows, head, row, a.q_places ? a.q_places + q : nullptr,
+                       a.k_places ? a.k_places + k : nullptr});
       }
       begin = end;
     }
@@ -286,15 +300,34 @@ template <typename T, typename Kernel> static void attend(const AttentionArgs &a
   work<T, Kernel>(plan, next);
 }
 
-void attention(const AttentionArgs &a) {
-  if (a.dtype == DType::f32) return attend<float, Attention<float, false>>(a, kRows);
+template <typename Terms> static void attend_with(const AttentionArgs &a) {
+  if (a.dtype == DType::f32) return attend<float, Attention<float, false, Terms>>(a, kRows);
 #if defined(CLINFAST_AMX)
-  attend<bf16_t, AmxOrVector>(a, kAmxGroup);
+  attend<bf16_t, AmxOrVector<AmxAttention<Terms>, Attention<bf16_t, true, Terms>>>(a, kAmxGroup);
 #elif defined(CLINFAST_AVX512_BF16)
-  attend<bf16_t, Attention<bf16_t, true>>(a, kRows);
+  attend<bf16_t, Attention<bf16_t, true, Terms>>(a, kRows);
 #else
-  attend<bf16_t, Attention<bf16_t, false>>(a, kRows);
+  attend<bf16_t, Attention<bf16_t, false, Terms>>(a, kRows);
 #endif
+}
+
+template <typename T, bool Pairs> using Windowed = WindowedVector<T, Pairs, Attention<T, Pairs, NoTerms>>;
+
+static void attend_in_window(const AttentionArgs &a) {
+  if (a.dtype == DType::f32) return attend<float, Windowed<float, false>>(a, kRows);
+#if defined(CLINFAST_AMX)
+  attend<bf16_t, AmxOrVector<WindowedAmx<AmxAttention<NoTerms>>, Windowed<bf16_t, true>>>(a, kAmxGroup);
+#elif defined(CLINFAST_AVX512_BF16)
+  attend<bf16_t, Windowed<bf16_t, true>>(a, kRows);
+#else
+  attend<bf16_t, Windowed<bf16_t, false>>(a, kRows);
+#endif
+}
+
+void attention(const AttentionArgs &a) {
+  if (a.window >= 0) attend_in_window(a);
+  else if (a.bias) attend_with<BiasTerms>(a);
+  else attend_with<NoTerms>(a);
 }
 
 }  // namespace CLINFAST_ISA

@@ -3,10 +3,13 @@
 // of rows that share its tile.
 #pragma once
 
-#include "vec.h"
+#include "attention_terms.h"
 
 namespace clinfast {
 namespace CLINFAST_ISA {
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 static constexpr int kRows = 6;
 #if defined(CLINFAST_AVX512) || defined(__aarch64__)
@@ -71,10 +74,11 @@ static inline Vec keep_lanes(Vec x, int64_t n, float others) {
   return select_less(Vec::load(iota), Vec::set(float(n)), x, Vec::set(others));
 }
 
-// scores[i, j] = q[i] . k[j], or its negative, for `keys` keys and zeros in the lanes beyond; row_max follows.
-template <bool Pairs, int M>
+// scores[i, j] = q[i] . k[j], or its negative, for `keys` keys and zeros in the lanes beyond, after terms(i, first + j,
+// score); row_max follows.
+template <bool Pairs, int M, typename Terms>
 static inline void score_tile(const float *q, int64_t q_stride, const float *k, int64_t depth, bool negate, int64_t keys, float *scores,
-                              Vec *row_max) {
+                              Vec *row_max, const Terms &terms, int64_t first) {
   with_constant<kTileVecs>((keys + Vec::N - 1) / Vec::N, [&](auto vecs) {
     constexpr int NV = decltype(vecs)::value;
     const int64_t filled = keys - (NV - 1) * Vec::N;
@@ -85,6 +89,7 @@ static inline void score_tile(const float *q, int64_t q_stride, const float *k, 
         if (d > 0) s = s + Vec::load(to);
         if (d + steps < depth) return s.store(to);
         if (negate) s = Vec::zero() - s;
+        s = terms(i, first + j * Vec::N, s);
         s = max(Vec::set(-1e30f), s);
         s.store(to);
         if (j == NV - 1 && filled < Vec::N) s = keep_lanes(s, filled, -__builtin_inff());

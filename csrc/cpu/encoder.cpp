@@ -54,7 +54,7 @@ void encoder(const EncoderArgs &a) {
               a.tokens, 2 * a.num_heads, a.head_dim, a.positions, a.dtype, a.num_threads});
     attention({qkv, qkv + row, qkv + 2 * row, context, 3 * hidden, a.head_dim, 3 * hidden, a.head_dim, 3 * hidden,
                a.head_dim, hidden, a.head_dim, a.cu_seqlens, a.cu_seqlens, a.seqused_k, a.batch, a.num_heads,
-               a.head_dim, a.scale, a.dtype, a.num_threads, layer.window, a.places});
+               a.head_dim, a.scale, a.dtype, a.num_threads, a.bias, a.bias_reach, a.places, a.places, layer.window});
     multiply(layer.attention_output, context, x, y, a.tokens, hidden, hidden, Activation::none);
     if (!a.pre_norm) normalise(layer.attention_norm, y, y, a.tokens);
     // From here on y is the residual, and the rows of x are free.

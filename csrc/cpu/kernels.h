@@ -13,9 +13,10 @@ enum class MaskType : int32_t { none = 0, bytes = 1, int32 = 4, int64 = 8 };
 
 // out[t, h] = softmax(scale * q[t, h] . k[s, h]) @ v[s, h] over the keys s of t's own note.
 // Last dimensions are contiguous. seqused_k may be null; it bounds the keys of note b to the first seqused_k[b].
-// With a window, a query looks at keys whose place is at most `window` from its own; those outside are skipped. The place
-// of a note's i-th token is places[cu_seqlens_k[b] + i], which ascends over the used keys, and i where places is null; its
-// i-th query has the i-th token's.
+// Where bias [num_heads, 2 * bias_reach + 1] is given, bias[h, clamp(place of s - place of t, +-bias_reach)] is added to the
+// scaled scores. q_places and k_places hold a place for each row; where null, it is the row's rank in its note.
+// With a window, a query looks at the keys whose place is at most `window` from its own; those outside are skipped. k_places
+// then ascend over a note's used keys. Window and bias do not go together.
 struct AttentionArgs {
   const void *q, *k, *v;
   void *out;
@@ -28,13 +29,15 @@ struct AttentionArgs {
   float scale;
   DType dtype;
   int32_t num_threads;
+  const float *bias = nullptr;
+  int64_t bias_reach = 0;
+  const int32_t *q_places = nullptr, *k_places = nullptr;
   int64_t window = -1;
-  const int32_t *places = nullptr;
 };
 
 // Rotates the halves of each head of x [tokens, num_heads, head_dim] by its token's place p, in place: (a, b) becomes
-// (a cos[p] - b sin[p], b cos[p] + a sin[p]) with tables [positions, head_dim / 2]. Places as in AttentionArgs; a negative one
-// turns backwards. Returns the first token whose place is not within the tables, which is left as it was, or -1.
+// (a cos[p] - b sin[p], b cos[p] + a sin[p]) with tables [positions, head_dim / 2]. `places` [tokens] are ranks in the note
+// where null; a negative one turns backwards. Returns the first token whose place is not within the tables, which is left as it was, or -1.
 struct RotateArgs {
   void *x;
   const float *cos, *sin;
@@ -195,7 +198,7 @@ struct LayerWeights {
 
 // x [tokens, num_heads * head_dim], contiguous, through `num_layers` layers, in place. `workspace` has
 // encoder_workspace_bytes and starts on a cache line. With pre_norm each LayerNorm stands before what it belongs to, inside
-// the residual; else behind the residual.
+// the residual; else behind the residual. bias, bias_reach and places [tokens]: as in AttentionArgs, in every layer.
 struct EncoderArgs {
   const LayerWeights *layers;
   void *x, *workspace;
@@ -206,8 +209,10 @@ struct EncoderArgs {
   int32_t pre_norm;
   DType dtype;
   int32_t num_threads;
-  bool gated = false;  // ffn_in is
+  const float *bias = nullptr;
+  int64_t bias_reach = 0;
   const int32_t *places = nullptr;
+  bool gated = false;  // ffn_in is
   int64_t positions = 0;  // of the rotation tables
 };
 

@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-MODULES = ("attention", "embedding", "encoder", "gelu", "layer_norm", "linear", "packing", "pooling")
+MODULES = ("attention", "attention_biased", "embedding", "encoder", "gelu", "layer_norm", "linear", "packing", "pooling")
 
 
 @functools.cache

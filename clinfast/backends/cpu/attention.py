@@ -11,21 +11,21 @@ from clinfast.backends.cpu.native import check_dtype, check_rows, check_vector
 MAX_HEAD_DIM = 256
 
 
-def _refuse(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None
+def refuse(
+    op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None
 ) -> None:
     """Raises where an argument is wrong; returns where the caller's quick test was only too strict."""
-    check_dtype("attention", "q", q)
-    check_rows("attention", "q", q, ndim=3)
+    check_dtype(op, "q", q)
+    check_rows(op, "q", q, ndim=3)
     if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
-        raise ValueError(f"attention: head_dim is {q.shape[2]}; the kernel serves 1 to {MAX_HEAD_DIM}")
+        raise ValueError(f"{op}: head_dim is {q.shape[2]}; the kernel serves 1 to {MAX_HEAD_DIM}")
     for name, tensor in (("k", k), ("v", v)):
-        check_dtype("attention", name, tensor, q.dtype)
-        check_rows("attention", name, tensor, (k.shape[0], *q.shape[1:]), ndim=3)
-    batch = native.check_boundaries("attention", "cu_seqlens_q", cu_seqlens_q)
-    check_vector("attention", "cu_seqlens_k", cu_seqlens_k, batch + 1, torch.int32)
+        check_dtype(op, name, tensor, q.dtype)
+        check_rows(op, name, tensor, (k.shape[0], *q.shape[1:]), ndim=3)
+    batch = native.check_boundaries(op, "cu_seqlens_q", cu_seqlens_q)
+    check_vector(op, "cu_seqlens_k", cu_seqlens_k, batch + 1, torch.int32)
     if seqused_k is not None:
-        check_vector("attention", "seqused_k", seqused_k, batch, torch.int32)
+        check_vector(op, "seqused_k", seqused_k, batch, torch.int32)
 
 
 def _is_like(vector: Tensor, shape: tuple[int, ...]) -> bool:
@@ -61,7 +61,7 @@ def attention(
         and (cu_seqlens_k is cu_seqlens_q or _is_like(cu_seqlens_k, boundaries))
         and (seqused_k is None or _is_like(seqused_k, (boundaries[0] - 1,)))
     ):  # fmt: skip
-        _refuse(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
+        refuse("attention", q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
     tokens, num_heads, head_dim = q_shape
     out = torch.empty(tokens, num_heads, head_dim, dtype=dtype)
     native.kernels().attention(
