@@ -91,6 +91,7 @@ class Guard:
         self.takes_any = len(self.names) < len(signature)
         self.inference_only = inference_only
         self.columns = match.encoder.max_seqlen
+        self.has_last_position = match.encoder.position_table
         self.head = match.head
         # A family without token types ignores them where its forward takes any argument.
         self.ignored = {"token_type_ids"} if self.takes_any and not match.encoder.type_vocab_size else set()
@@ -215,6 +216,11 @@ class Guard:
             return _mistake(f"input_ids is not {dimensions}-D", f"input_ids has shape {shape}; {wanted} is needed")
         if not all(shape):
             return _mistake("the batch is empty", f"input_ids has shape {shape}: there is nothing to compute")
+        if shape[-1] > self.columns and not self.has_last_position:
+            return Reason(
+                "the input is longer than config.max_position_embeddings",
+                f"up to {self.columns} columns are served; truncate, or split the text",
+            )
         if shape[-1] > self.columns:
             return _mistake(
                 "the input is longer than the model's positions",

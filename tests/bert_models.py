@@ -60,12 +60,14 @@ def randomize(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.weight.normal_(0, 1.5 * module.in_features**-0.5)
-            module.bias.normal_(0, 0.3)
+            if module.bias is not None:
+                module.bias.normal_(0, 0.3)
         elif isinstance(module, nn.Embedding):
             module.weight.normal_(0, 0.7)
         elif isinstance(module, nn.LayerNorm):
             module.weight.normal_(1, 0.3)
-            module.bias.normal_(0, 0.3)
+            if module.bias is not None:
+                module.bias.normal_(0, 0.3)
 
 
 def ids(batch: int, seqlen: int, *, seed: int = 0, vocab: int = VOCAB) -> Tensor:

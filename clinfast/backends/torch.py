@@ -285,10 +285,11 @@ def attention_biased(
 
 
 def implementations() -> dict[str, Callable[..., Any]]:
-    from clinfast.backends import fp8  # which has this module's functions in it
+    from clinfast.backends import fp8, torch_variants  # which has this module's functions in it
 
     return {
         **fp8.IMPLEMENTATIONS,
+        **torch_variants.IMPLEMENTATIONS,
         "attention": attention,
         "attention_biased": attention_biased,
         "embedding": embedding,

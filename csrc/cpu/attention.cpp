@@ -151,7 +151,9 @@ template <typename T, bool Pairs, typename Terms> struct Attention {
         before[i] = s.maximum[row + i];
         if (before[i] > maximum[i]) maximum[i] = before[i];
       }
-    weigh_rows<Pairs, M>(s.scores + begin, weights + begin / kElements, padded - begin, factor, maximum, sum);
+    float subtracted[M];
+    for (int i = 0; i < M; i++) subtracted[i] = a.window < 0 ? maximum[i] : top_of_seen(maximum[i]);
+    weigh_rows<Pairs, M>(s.scores + begin, weights + begin / kElements, padded - begin, factor, subtracted, sum);
     if (!first)
       for (int i = 0; i < M; i++) {
         rescale[i] = exp2_nonpositive<Pairs>(Vec::set((before[i] - maximum[i]) * factor)).max();

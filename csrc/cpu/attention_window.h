@@ -65,6 +65,9 @@ template <typename T> static KeyRange seen_by_all(const Item<T> &item, int64_t w
 
 static constexpr float kUnseen = -1e30f;
 
+// What a row's scores are compared with: where it has seen none yet, its weights are to be 0, not 1.
+static inline float top_of_seen(float maximum) { return maximum > kUnseen ? maximum : 0.0f; }
+
 static inline Vec see_only(Vec x, int64_t begin, int64_t end) {
   static const float iota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const Vec lane = Vec::load(iota), unseen = Vec::set(kUnseen);
@@ -207,11 +210,13 @@ template <typename Base> struct WindowedAmx : Base {
             x.store(at);
             row_max[i] = max(row_max[i], x);
           }
+        float subtracted[R];
         for (int i = 0; i < R; i++) {
           maximum[row + i] = row_max[i].max();
           if (before && before[row + i] > maximum[row + i]) maximum[row + i] = before[row + i];
+          subtracted[i] = top_of_seen(maximum[row + i]);
         }
-        weigh_rows<true, R>(scores + from, weights + from / 2, to - from, this->factor, maximum + row, sum + row);
+        weigh_rows<true, R>(scores + from, weights + from / 2, to - from, this->factor, subtracted, sum + row);
         for (int i = 0; i < R; i++) {
           memset(weights + i * kPanelStride + begin / 2, 0, size_t(from - begin) * 2);
           memset(weights + i * kPanelStride + to / 2, 0, size_t(end - to) * 2);

@@ -8,7 +8,10 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-MODULES = ("attention", "attention_biased", "embedding", "encoder", "gelu", "layer_norm", "linear", "packing", "pooling")
+MODULES = (
+    "attention", "attention_biased", "attention_windowed", "embedding", "encoder", "gate", "gelu", "layer_norm", "linear",
+    "packing", "pooling", "rotate",
+)  # fmt: skip
 
 
 @functools.cache

@@ -23,16 +23,27 @@ class EncoderLayers:
 
     Args:
         layers: for each layer `(qkv, attention_output, attention_norm, ffn_in, ffn_out, output_norm)`; linears are
-            `NativeLinear`, norms pairs of fp32 vectors (weight, shift).
+            `NativeLinear`, norms pairs of fp32 vectors (weight, shift). A pre-norm layer's `attention_norm` may be None.
+        rotations: for each layer its tables of `rotate`, cos and sin, or None.
+        windows: for each layer the window of its attention, -1 for none.
     """
 
-    def __init__(self, layers: Sequence[tuple]) -> None:
-        self._held = layers
+    def __init__(
+        self,
+        layers: Sequence[tuple],
+        rotations: Sequence[tuple[Tensor, Tensor] | None],
+        windows: Sequence[int],
+    ) -> None:
+        self._held = (layers, rotations)
         first: NativeLinear = layers[0][0]
         self._code, self._table = first._code, first._table
         self._dtype = first.dtype
-        self._intermediate = layers[0][3].out_features
-        rows = [[address for part in layer for address in _addresses(part)] for layer in layers]
+        self._intermediate, self._gated = layers[0][3].out_features, layers[0][3].gated
+        self._positions = max((tables[0].shape[0] for tables in rotations if tables is not None), default=0)
+        rows = [
+            [*(address for part in (*layer, tables) for address in _addresses(part)), window]
+            for layer, tables, window in zip(layers, rotations, windows, strict=True)
+        ]
         self._addresses = torch.tensor(rows, dtype=torch.int64)
 
     def run(
@@ -45,8 +56,12 @@ class EncoderLayers:
         eps: float,
         activation: str,
         pre_norm: bool,
+        places: Tensor | None = None,
     ) -> Tensor:
-        """Overwrites and returns `x` [T, H], contiguous. `cu_seqlens` [B + 1] int32 as `pack` made it."""
+        """Overwrites and returns `x` [T, H], contiguous. `cu_seqlens` [B + 1] int32 as `pack` made it.
+
+        `places` [T] int32 are below the number of positions that the rotations have; None are ranks, and so are they.
+        """
         kernels = native.kernels()
         tokens, hidden = x.shape
         size = kernels.encoder_workspace_bytes(tokens, hidden, self._intermediate, self._code, self._table)
@@ -56,7 +71,7 @@ class EncoderLayers:
             self._addresses.data_ptr(), x.data_ptr(), workspace.data_ptr(), cu_seqlens.data_ptr(),
             native.address(seqused_k), num_layers, tokens, len(cu_seqlens) - 1, num_heads, hidden // num_heads,
             self._intermediate, scale, eps, ACTIVATIONS.index(activation), pre_norm, self._code, self._table,
-            torch.get_num_threads(),
+            torch.get_num_threads(), native.address(places), self._gated, self._positions,
         )  # fmt: skip
         calls["encoder_layer[cpu]"] += num_layers
         if size <= KEPT_BYTES:
@@ -64,7 +79,9 @@ class EncoderLayers:
         return x
 
 
-def _addresses(part: NativeLinear | tuple[Tensor, Tensor]) -> tuple[int, int]:
+def _addresses(part: NativeLinear | tuple[Tensor, Tensor] | None) -> tuple[int, int]:
+    if part is None:
+        return 0, 0
     if isinstance(part, NativeLinear):
         return part.weight.data_ptr(), native.address(part.bias)
     return part[0].data_ptr(), part[1].data_ptr()
@@ -78,12 +95,14 @@ def _take_workspace(size: int) -> Tensor:
     return workspace if workspace.nbytes >= size else torch.empty(size, dtype=torch.uint8)
 
 
-def encoder_layers(layers: Sequence[tuple]) -> EncoderLayers | None:
+def encoder_layers(
+    layers: Sequence[tuple], rotations: Sequence[tuple[Tensor, Tensor] | None], windows: Sequence[int]
+) -> EncoderLayers | None:
     """The layers as one call, or None where a linear of theirs is not our own."""
-    linears = [part for layer in layers for part in layer if not isinstance(part, tuple)]
+    linears = [part for layer in layers for part in layer if part is not None and not isinstance(part, tuple)]
     if not linears or any(type(part) is not NativeLinear for part in linears):
         return None
-    return EncoderLayers(layers)
+    return EncoderLayers(layers, rotations, windows)
 
 
 IMPLEMENTATIONS = {"encoder_layers": encoder_layers}

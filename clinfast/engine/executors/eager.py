@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from clinfast.engine.packing import PackedBatch, one_row_a_note
 from clinfast.engine.spec import EncoderSpec, Request
 from clinfast.engine.weights import PackedLayer, PackedWeights
 from clinfast.ops import registry
 from clinfast.ops.linear import PackedLinear
+from clinfast.ops.rotate import ranks
 
 # Rows of the FFN that are taken at a time: the intermediate of a slice stays in the last-level cache.
 FFN_ROWS = 1024
@@ -27,23 +30,38 @@ class EagerExecutor:
         (
             self.pack, self.position_ids, self.embedding, self.attention, self.layer_norm, self.unpack, self.pooling,
         ) = found  # fmt: skip
+        self.rotate = self.attention_windowed = None
+        if spec.rotations:
+            self.rotate = registry.implementation("rotate", backend, device, prechecked=True)
+        if any(window >= 0 for window in spec.windows):
+            self.attention_windowed = registry.implementation("attention_windowed", backend, device, prechecked=True)
 
     def all_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
         """[T, H] for all packed tokens."""
         x = self._whole_layers(weights, self._embed(weights, request, batch), batch)
         if weights.last is not None:
-            x = self._layer(weights.last, x, batch)
+            x = self._layer(weights, len(weights.layers), weights.last, x, batch)
         return self._final_norm(weights, x)
 
     def first_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
         """[B, H]: one row a note; the last layer works on those rows alone."""
         x = self._whole_layers(weights, self._embed(weights, request, batch), batch)
-        x = self.first_token(x, batch) if weights.last is None else self._first_rows(weights.last, x, batch)
+        x = self.first_token(x, batch) if weights.last is None else self._first_rows(weights, x, batch)
         return self._final_norm(weights, x)
 
     def first_token(self, x: Tensor, batch: PackedBatch) -> Tensor:
         """[B, H]: each note's first row; zeros for a note without tokens."""
         return self.pooling(x, batch.cu_seqlens, "first_token")
+
+    def mean(self, x: Tensor, batch: PackedBatch) -> Tensor:
+        """[B, H]: the mean of each note's real rows; zeros for a note without any."""
+        cu_seqlens = batch.cu_seqlens
+        if batch.seqused_k is not None:  # real rows come first in their note
+            ranks_of_rows = ranks(x.shape[0], cu_seqlens)
+            lengths = cu_seqlens.diff()
+            x = x[ranks_of_rows < batch.seqused_k.repeat_interleave(lengths)]
+            cu_seqlens = functional.pad(batch.seqused_k.cumsum(0, dtype=torch.int32), (1, 0))
+        return self.pooling(x, cu_seqlens, "mean")
 
     def _embed(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
         x: Tensor = self.embedding(
@@ -61,39 +79,70 @@ class EagerExecutor:
         return ids
 
     def _whole_layers(self, weights: PackedWeights, x: Tensor, batch: PackedBatch) -> Tensor:
-        for layer in weights.layers:
-            x = self._layer(layer, x, batch)
+        for i, layer in enumerate(weights.layers):
+            x = self._layer(weights, i, layer, x, batch)
         return x
 
-    def _layer(self, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
-        shape = (x.shape[0], -1, self.spec.num_heads, self.spec.head_dim)
-        h = self._before(layer.attention_norm, x)
+    def _layer(self, weights: PackedWeights, i: int, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
+        shape = (x.shape[0], -1, self.spec.head_dim)
+        heads, h = self.spec.num_heads, self._before(layer.attention_norm, x)
         if layer.qkv is not None:
-            q, k, v = layer.qkv(h).view(shape).unbind(1)
+            qkv = layer.qkv(h).view(shape)
+            self._turn(weights, i, qkv[:, : 2 * heads], batch)
+            q, k, v = qkv.unflatten(1, (3, heads)).unbind(1)
         else:
             assert layer.query is not None and layer.key_value is not None
-            q, (k, v) = layer.query(h).view(shape)[:, 0], layer.key_value(h).view(shape).unbind(1)
-        context = self.attention(q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.seqused_k, self.spec.scale)
+            q, key_value = layer.query(h).view(shape), layer.key_value(h).view(shape)
+            self._turn(weights, i, q, batch)
+            self._turn(weights, i, key_value[:, :heads], batch)
+            k, v = key_value.unflatten(1, (2, heads)).unbind(1)
+        context = self._attend(i, q, k, v, batch.cu_seqlens, batch, batch.places)
         return self._after_attention(layer, context, x)
 
-    def _first_rows(self, layer: PackedLayer, x: Tensor, batch: PackedBatch) -> Tensor:
-        spec = self.spec
-        shape = (-1, spec.num_heads, spec.head_dim)
+    def _turn(self, weights: PackedWeights, i: int, heads: Tensor, batch: PackedBatch) -> None:
+        """The layer's rotary embedding on [T, heads, head_dim], in place."""
+        tables = weights.rotations[i]
+        if tables is not None:
+            assert self.rotate is not None
+            self.rotate(heads, *tables, batch.cu_seqlens, batch.places)
+
+    def _attend(
+        self, i: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, batch: PackedBatch, places: Tensor | None
+    ) -> Tensor:
+        """`places` are those of `q`; None are ranks."""
+        args = (q, k, v, cu_seqlens_q, batch.cu_seqlens, batch.seqused_k, self.spec.scale)
+        window = self.spec.window_of(i)
+        if window < 0:
+            context: Tensor = self.attention(*args)
+        else:
+            assert self.attention_windowed is not None
+            context = self.attention_windowed(*args, window, places, batch.places)
+        return context
+
+    def _first_rows(self, weights: PackedWeights, x: Tensor, batch: PackedBatch) -> Tensor:
+        """The last layer for one row a note. That row's place is 0, where a rotation leaves its query as it is."""
+        layer, i, spec = weights.last, len(weights.layers), self.spec
+        assert layer is not None
+        heads, shape = spec.num_heads, (-1, spec.num_heads, spec.head_dim)
         h, first = self._before(layer.attention_norm, x), self.first_token(x, batch)
         if layer.qkv is not None:  # shared with whole layers, which want all queries
             qkv = layer.qkv(h)
+            self._turn(weights, i, qkv.view(-1, 3 * heads, spec.head_dim)[:, heads : 2 * heads], batch)
             q = self.first_token(qkv, batch).view(-1, 3, *shape[1:])[:, 0]
             _, k, v = qkv.view(-1, 3, *shape[1:]).unbind(1)
         else:
             assert layer.query is not None and layer.key_value is not None
-            k, v = layer.key_value(h).view(-1, 2, *shape[1:]).unbind(1)
+            key_value = layer.key_value(h)
+            self._turn(weights, i, key_value.view(-1, 2 * heads, spec.head_dim)[:, :heads], batch)
+            k, v = key_value.view(-1, 2, *shape[1:]).unbind(1)
             q = layer.query(self._before(layer.attention_norm, first)).view(shape)
         rows = one_row_a_note(batch.batch, x.device)
-        context = self.attention(q, k, v, rows, batch.cu_seqlens, batch.seqused_k, spec.scale)
+        context = self._attend(i, q, k, v, rows, batch, None)
         return self._after_attention(layer, context, first)
 
     def _after_attention(self, layer: PackedLayer, context: Tensor, x: Tensor) -> Tensor:
-        return self._ffn(layer, self._add_norm(layer.attention_output, context.view(x.shape), x, layer.attention_norm))
+        context = context.view(x.shape)
+        return self._ffn(layer, self._add_norm(layer.attention_output, context, x, layer.attention_norm))
 
     def _ffn(self, layer: PackedLayer, x: Tensor) -> Tensor:
         rows = x.shape[0]
@@ -108,9 +157,11 @@ class EagerExecutor:
         inner = layer.ffn_in(self._before(layer.output_norm, x), self.spec.activation)
         return self._add_norm(layer.ffn_out, inner, x, layer.output_norm)
 
-    def _add_norm(self, linear: PackedLinear, x: Tensor, residual: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+    def _add_norm(
+        self, linear: PackedLinear, x: Tensor, residual: Tensor, norm: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         """linear(x) + residual, and the LayerNorm where it stands behind them."""
-        if self.spec.pre_norm:
+        if self.spec.pre_norm or norm is None:
             return linear(x, residual=residual)
         if self.adds_in_norm:
             normed: Tensor = self.layer_norm(linear(x), residual, *norm, self.spec.eps)
@@ -118,9 +169,9 @@ class EagerExecutor:
             normed = self.layer_norm(linear(x, residual=residual), None, *norm, self.spec.eps)
         return normed
 
-    def _before(self, norm: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+    def _before(self, norm: tuple[Tensor, Tensor] | None, x: Tensor) -> Tensor:
         """LayerNorm where it stands before what it belongs to."""
-        return self.layer_norm(x, None, *norm, self.spec.eps) if self.spec.pre_norm else x
+        return x if norm is None or not self.spec.pre_norm else self.layer_norm(x, None, *norm, self.spec.eps)
 
     def _final_norm(self, weights: PackedWeights, x: Tensor) -> Tensor:
         return x if weights.final_norm is None else self.layer_norm(x, None, *weights.final_norm, self.spec.eps)

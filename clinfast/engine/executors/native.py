@@ -18,5 +18,6 @@ class NativeExecutor(EagerExecutor):
             return super()._whole_layers(weights, x, batch)
         spec = self.spec
         return weights.fused.run(
-            x, batch.cu_seqlens, batch.seqused_k, spec.num_heads, spec.scale, spec.eps, spec.activation, spec.pre_norm
-        )
+            x, batch.cu_seqlens, batch.seqused_k, spec.num_heads, spec.scale, spec.eps, spec.activation, spec.pre_norm,
+            batch.places,
+        )  # fmt: skip
