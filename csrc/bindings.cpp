@@ -245,11 +245,12 @@ void gate(uintptr_t x, uintptr_t out, int64_t x_stride, int64_t out_stride, int6
 void encoder(uintptr_t layers, uintptr_t x, uintptr_t workspace, uintptr_t cu_seqlens, uintptr_t seqused_k,
              int64_t num_layers, int64_t tokens, int64_t batch, int64_t num_heads, int64_t head_dim,
              int64_t intermediate, float scale, float eps, int activation, bool pre_norm, int dtype, int table,
-             int num_threads, uintptr_t bias, int64_t bias_reach, uintptr_t places) {
+             int num_threads, uintptr_t bias, int64_t bias_reach, uintptr_t places, bool gated, int64_t positions) {
   const EncoderArgs args{pointer<LayerWeights>(layers), pointer<void>(x), pointer<void>(workspace),
                          pointer<int32_t>(cu_seqlens), pointer<int32_t>(seqused_k), num_layers, tokens, batch,
                          num_heads, head_dim, intermediate, scale, eps, Activation(activation), pre_norm,
-                         DType(dtype), num_threads, pointer<float>(bias), bias_reach, pointer<int32_t>(places)};
+                         DType(dtype), num_threads, pointer<float>(bias), bias_reach, pointer<int32_t>(places),
+                         gated, positions};
   py::gil_scoped_release release;
   table_of(table)->encoder(args);
 }

@@ -71,7 +71,7 @@ class EncoderLayers:
             self._addresses.data_ptr(), x.data_ptr(), workspace.data_ptr(), cu_seqlens.data_ptr(),
             native.address(seqused_k), num_layers, tokens, len(cu_seqlens) - 1, num_heads, hidden // num_heads,
             self._intermediate, scale, eps, ACTIVATIONS.index(activation), pre_norm, self._code, self._table,
-            torch.get_num_threads(), native.address(places), self._gated, self._positions,
+            torch.get_num_threads(), 0, 0, native.address(places), self._gated, self._positions,
         )  # fmt: skip
         calls["encoder_layer[cpu]"] += num_layers
         if size <= KEPT_BYTES:
