@@ -88,9 +88,9 @@ def attention_biased(
 ) -> Tensor:
     """softmax(scale * q k^T + bias) v within each note, the bias by head and by distance; all but q, k and v in fp32.
 
-    The bias of a query and a key is `bias[head, R + d]`, d being the key's place minus the query's, clamped to [-R, R]: a
-    relative bias as in T5 (arXiv:1910.10683, section 2.1), its buckets expanded. No [S, S] tensor is made. A note's result
-    depends on its own rows only.
+    The bias of a query and a key is `bias[head, R + d]`, d being the key's place minus the query's, clamped to [-R, R]:
+    a relative bias as in T5 (arXiv:1910.10683, section 2.1), its buckets expanded. No [S, S] tensor is made. A note's
+    result depends on its own rows only.
 
     Args:
         q: [Tq, heads, head_dim], fp32 or bf16, last dimension contiguous, head_dim 1 to 256.
@@ -99,9 +99,9 @@ def attention_biased(
         seqused_k: [B] int32 or None; note b attends to its first seqused_k[b] keys only.
         scale: factor on the scores, normally head_dim ** -0.5.
         bias: [heads, 2 R + 1] fp32, contiguous.
-        q_places, k_places: [Tq] and [Tk] int32, contiguous: each row's place; None where it is its rank in its note. Only
-            differences within a note count, so that columns and positions in the whole batch do as well. Places that
-            are not consecutive are slower.
+        q_places, k_places: [Tq] and [Tk] int32, contiguous: each row's place; None where it is its rank in its note.
+            Only differences within a note count, so that columns and positions in the whole batch do as well. Places
+            that are not consecutive are slower.
 
     Returns:
         [Tq, heads, head_dim], contiguous, in the dtype of `q`; zeros for queries without keys.

@@ -91,6 +91,7 @@ def _load_rows(
 @triton.jit
 def _step(
     q, k_ptr, v_ptr, k_token, v_token, first, keys, top, total, acc, qk_scale, place, bias_ptr, bias_reach,
+    bias_place, k_places_ptr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +101,10 @@ def _step(
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     factor = qk_scale
     if bias_ptr is not None:
-        distance = (first + rows)[None, :] - place[:, None]
+        key_place = first + rows
+        if k_places_ptr is not None:
+            key_place = tl.load(k_places_ptr + key_place, mask=key_place < keys, other=0)
+        distance = key_place[None, :] - bias_place[:, None]
         distance = tl.minimum(tl.maximum(distance, -bias_reach), bias_reach)
         s = s * qk_scale + tl.load(bias_ptr + distance + bias_reach) * LOG2E
         factor = 1.0
@@ -127,6 +131,8 @@ def attention_kernel(
     out_ptr,  # like q, with strides of its own
     tiles_ptr,  # [5, bound] int32, as `tiles_kernel` wrote it
     bias_ptr,  # [heads, 2 * bias_reach + 1] fp32, by key's place minus query's, clamped; or None
+    q_places_ptr,  # [q_tokens] int32, places for the bias; None where they are ranks, as those of a window are
+    k_places_ptr,  # [k_tokens] int32, likewise
     bound,
     q_token,
     q_head,
@@ -164,6 +170,10 @@ def attention_kernel(
     out_at = rows[:, None] * out_token + columns[None, :]
     mask = (rows < queries)[:, None] & (columns < HEAD_DIM)[None, :]
     place = first_place + rows
+    bias_place = place
+    if q_places_ptr is not None:
+        bias_place = tl.load(q_places_ptr + q_row + rows, mask=rows < queries, other=0)
+    k_places = k_places_ptr if k_places_ptr is None else k_places_ptr + k_row
 
     if HEADS > 1:  # noqa: SIM102 - known when compiled
         if keys <= BLOCK_N:
@@ -202,13 +212,13 @@ def attention_kernel(
         for first in tl.range(begin, tl.minimum(whole, end), BLOCK_N):
             top, total, acc = _step(
                 q, keys_at, values_at, k_token, v_token, first, keys, top, total, acc, qk_scale, place, bias,
-                bias_reach, HEAD_DIM, BLOCK_D, BLOCK_N, False, WINDOW, PRECISION,
+                bias_reach, bias_place, k_places, HEAD_DIM, BLOCK_D, BLOCK_N, False, WINDOW, PRECISION,
             )  # fmt: skip
         # The masked tail, at most once: peeled, the loop above tests nothing.
         for first in tl.range(tl.maximum(whole, begin), end, BLOCK_N, num_stages=1):
             top, total, acc = _step(
                 q, keys_at, values_at, k_token, v_token, first, keys, top, total, acc, qk_scale, place, bias,
-                bias_reach, HEAD_DIM, BLOCK_D, BLOCK_N, True, WINDOW, PRECISION,
+                bias_reach, bias_place, k_places, HEAD_DIM, BLOCK_D, BLOCK_N, True, WINDOW, PRECISION,
             )  # fmt: skip
         acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
         tl.store(out_ptr + i * out_head + out_at, acc.to(out_ptr.dtype.element_ty), mask=mask)

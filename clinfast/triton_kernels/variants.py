@@ -19,6 +19,8 @@ PACK_BLOCK = 512
 # More than the notes that a bucket of graphs with such a tile has room for.
 PACK_INTO_NOTES = 64
 ACTIVATIONS = ("gelu", "gelu_tanh")
+# What plain attention goes without; a bias comes with places where the engine asks for it.
+NO_BIAS = ("bias_ptr", "q_places_ptr", "k_places_ptr")
 
 
 class Kernel(NamedTuple):
@@ -103,8 +105,8 @@ KERNELS = {
     ),
     "attention_kernel": Kernel.of(
         "attention",
-        "q_ptr:P k_ptr:P v_ptr:P out_ptr:P tiles_ptr:p bias_ptr:p bound:i q_token:D q_head:D k_token:D k_head:D "
-        "v_token:D v_head:D out_token:D out_head:D bias_reach:i qk_scale:f",
+        "q_ptr:P k_ptr:P v_ptr:P out_ptr:P tiles_ptr:p bias_ptr:p q_places_ptr:p k_places_ptr:p bound:i "
+        "q_token:D q_head:D k_token:D k_head:D v_token:D v_head:D out_token:D out_head:D bias_reach:i qk_scale:f",
         "HEAD_DIM BLOCK_D BLOCK_M BLOCK_N HEADS WINDOW PRECISION",
         matrix=True,
     ),
@@ -165,6 +167,7 @@ INTEGERS = dict.fromkeys(
     ("indices_ptr", "positions_ptr", "cu_seqlens_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_ptr", "bad_ptr",
      "tiles_ptr", "out_ptr", "out_ids_ptr", "out_types_ptr"), "i32",
 )  # fmt: skip
+BIASED = {"tiles_ptr": "i32", "bias_ptr": "fp32", "q_places_ptr": "i32", "k_places_ptr": "i32"}
 
 
 def shipped(of_class: int) -> list[Variant]:
@@ -214,8 +217,9 @@ def _attention(of_class: int) -> Iterator[Variant]:
             for kind, heads in (("long", 1), ("short", 1), ("short", 4), ("few", 1), ("few", 4)):
                 m, n, warps, stages = configs.attention(of_class, 2, head_dim, kind)
                 constants = (head_dim, head_dim, m, n, heads, -1, "ieee")
-                pointers = {"tiles_ptr": "i32"}
-                yield make("attention_kernel", pointers, constants, warps, stages, floats, absent=("bias_ptr",))
+                yield make("attention_kernel", BIASED, constants, warps, stages, floats, absent=NO_BIAS)
+                if head_dim == 64 and heads == 1 and kind != "short":
+                    yield make("attention_kernel", BIASED, constants, warps, stages, floats)
 
 
 def _linear(of_class: int) -> Iterator[Variant]:
@@ -245,12 +249,11 @@ def tabled(of_class: int) -> list[Variant]:
         for head_dim in (16, 32, 64, 128, 256):
             for kind in ("long", "short", "few"):
                 m, n, warps, stages = configs.attention(of_class, itemsize, head_dim, kind)
-                for absent, window in ((("bias_ptr",), -1), ((), 64)):
-                    if window > 0 and kind == "short":
+                for absent, window in ((NO_BIAS, -1), ((), -1), (NO_BIAS[1:], 64)):
+                    if absent != NO_BIAS and kind == "short":
                         continue
-                    pointers = {"tiles_ptr": "i32", "bias_ptr": "fp32"}
                     constants = (head_dim, head_dim, m, n, 1, window, "ieee")
-                    found.append(make("attention_kernel", pointers, constants, warps, stages, floats, absent))
+                    found.append(make("attention_kernel", BIASED, constants, warps, stages, floats, absent))
     for rows in (1, 1024, 1 << 20):
         tiles = configs.linear(of_class, 2, 768, 3072, rows)
         for even_k in (True, False):

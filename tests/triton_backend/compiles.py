@@ -20,8 +20,9 @@ def chosen(of_class, everything):
     for variant in shipped(of_class) + tabled(of_class):
         if variant.kernel == "attention_kernel":
             head_dim, _, _, _, heads, window, _ = variant.constants
-            path = (variant.types[0], head_dim if window < 0 else 0, heads, variant.num_warps, window)
-            if path[0] == "fp16" or (path[0] == "fp32" and head_dim != 64) or (window > 0 and head_dim != 64):
+            biased = "-" not in variant.types
+            path = (variant.types[0], head_dim if window < 0 else 0, heads, variant.num_warps, window, biased)
+            if path[0] == "fp16" or (head_dim != 64 and (path[0] == "fp32" or window > 0 or biased)):
                 continue
             path = (*path, variant.constants[2] if head_dim == 64 else 0)
         elif KERNELS[variant.kernel].matrix:

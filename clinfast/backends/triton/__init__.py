@@ -8,7 +8,10 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-MODULES = ("attention", "embedding", "fp8", "gelu", "layer_norm", "linear", "packing", "packing_buffers", "pooling")
+MODULES = (
+    "attention", "attention_biased", "embedding", "fp8", "gelu", "layer_norm", "linear", "packing", "packing_buffers",
+    "pooling",
+)  # fmt: skip
 
 
 @functools.cache

@@ -20,7 +20,7 @@ SHORT = 64
 _latest = threading.local()
 
 
-def _check(
+def check(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None
 ) -> None:
     checks.rows("attention", "q", q, ndim=3)
@@ -34,7 +34,7 @@ def _check(
         checks.vector("attention", "seqused_k", seqused_k, batch, torch.int32)
 
 
-def _check_values(
+def check_values(
     q_tokens: int, k_tokens: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None
 ) -> None:
     """What the CPU's kernels look at as they go; here it waits for the device."""
@@ -110,6 +110,8 @@ def extended(
     scale: float,
     window: int | None = None,
     bias: Tensor | None = None,
+    q_places: Tensor | None = None,
+    k_places: Tensor | None = None,
     heads_together: int | None = None,
     tiles: configs.Attention | None = None,
 ) -> Tensor:
@@ -118,9 +120,10 @@ def extended(
     Args:
         window: a query looks at keys at most so far from its own place in the note; those outside are skipped.
         bias: [heads, 2 R + 1] fp32, added to the scaled scores by the key's place minus the query's, clamped to R.
+        q_places, k_places: [Tq] and [Tk] int32, places for the bias, None where they are ranks.
         heads_together, tiles: heads a program takes, which must divide their number, and its tiles, for tuning.
     """
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    check(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
     q_tokens, heads, head_dim = q.shape
     batch = cu_seqlens_q.shape[0] - 1
     reach = 0
@@ -129,6 +132,9 @@ def extended(
             raise ValueError(f"attention: bias has shape {list(bias.shape)}; it must be [{heads}, 2 R + 1], contiguous")
         checks.rows("attention", "bias", bias, torch.float32)
         reach = bias.shape[1] // 2
+    for name, places, rows in (("q_places", q_places, q_tokens), ("k_places", k_places, k.shape[0])):
+        if places is not None:
+            checks.vector("attention", name, places, rows, torch.int32)
     if window is not None and window < 0:
         raise ValueError(f"attention: window is {window}; it must not be negative")
     out = torch.empty((q_tokens, heads, head_dim), dtype=q.dtype, device=q.device)
@@ -147,8 +153,8 @@ def extended(
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     launch(
         "attention_kernel", (heads // together, bound, 1),
-        (q, k, v, out, work, bias, bound, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], heads * head_dim,
-         head_dim, reach, scale * LOG2E),
+        (q, k, v, out, work, bias, q_places, k_places, bound, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+         heads * head_dim, head_dim, reach, scale * LOG2E),
         (head_dim, max(16, checks.power_of_two(head_dim)), block_m, block_n, together,
          -1 if window is None else window, "ieee"),
         warps, stages,
@@ -168,8 +174,8 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None, scale: float
 ) -> Tensor:
     """Waits for the device, to look at the boundaries."""
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
-    _check_values(q.shape[0], k.shape[0], cu_seqlens_q, cu_seqlens_k, seqused_k)
+    check(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    check_values(q.shape[0], k.shape[0], cu_seqlens_q, cu_seqlens_k, seqused_k)
     result: Tensor = prechecked(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale)
     return result
 
@@ -179,7 +185,7 @@ def fixed(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None, scale: float
 ) -> Tensor:
     """`prechecked` in the tiles of long notes, whatever the batch: a note has the same bits in any."""
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    check(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
     tiles = configs.attention(device.device_class(device.index_of(q)), q.itemsize, q.shape[2], "long")
     return extended(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale, heads_together=1, tiles=tiles)
 

@@ -3,7 +3,9 @@ import torch
 from test_attention import boundaries, case, stock_and_exact
 
 from clinfast.backends.triton import attention as backend
+from clinfast.backends.triton import attention_biased as triton_biased
 from clinfast.ops import attention as op
+from clinfast.ops import attention_biased as biased
 
 
 def check(args, ours=None, exact=None):
@@ -98,6 +100,29 @@ def test_window_and_bias(window, reach, dtype):
     bias = None if reach is None else torch.randn(2, 2 * reach + 1, generator=torch.Generator().manual_seed(0))
     ours = backend.extended(*args, window=window, bias=bias)
     check(args, ours, windowed(args, window, bias))
+
+
+@pytest.mark.parametrize(("step", "scale"), [(None, 0.2), (1, 0.2), (3, 0.2), (3, -0.3), (None, 0.0)])
+def test_biased_by_place(step, scale, dtype):
+    lengths = [150, 1, 0, 65] if step != 1 else [9, 1, 0, 16]
+    args = case(lengths, 4, 32, dtype, used=[131, 1, 0, 65] if step == 3 else None)
+    args[-1] = scale
+    bias = torch.randn(4, 141, generator=torch.Generator().manual_seed(0))
+    places = None if step is None else torch.arange(sum(lengths)).mul(step).int()
+    ours = biased.attention_biased(*args, bias, places, places)
+    assert torch.equal(ours, triton_biased.prechecked(*args, bias, places, places))
+    check(args, ours, biased.reference(*(t.double() for t in args[:3]), *args[3:], bias, places, places))
+
+
+def test_bad_biases_are_named():
+    args = case([3, 5], 2, 16)
+    for bias, places, message in (
+        (torch.zeros(2, 4), None, "bias has shape"),
+        (torch.zeros(2, 5).double(), None, "bias has dtype"),
+        (torch.zeros(2, 5), torch.zeros(8), "q_places is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            biased.attention_biased(*args, bias, places, None)
 
 
 def test_a_window_skips_what_is_outside():
