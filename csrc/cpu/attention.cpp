@@ -100,7 +100,6 @@ template <typename T, bool Pairs, typename Terms> struct Attention {
                          reinterpret_cast<uintptr_t>(a.q) % sizeof(float) == 0),
         values_in_place(sizeof(T) == sizeof(float) && width == head_dim), terms(args, s.line, s.terms, kPanelStride) {}
 
-  static constexpr bool kScaled = Terms::kScaled;
   int64_t block_keys() const { return halved(kBlockKeys, head_dim); }
 
   // M rows of the item from `row` on, against its keys [key, key + keys).
@@ -313,12 +312,12 @@ template <typename Terms> static void attend_with(const AttentionArgs &a) {
 #endif
 }
 
-template <typename T, bool Pairs> using Windowed = WindowedVector<T, Pairs, Attention<T, Pairs, NoTerms>>;
+template <typename T, bool Pairs> using Windowed = WindowedVector<T, Pairs, Attention<T, Pairs, WindowTerms>>;
 
 static void attend_in_window(const AttentionArgs &a) {
   if (a.dtype == DType::f32) return attend<float, Windowed<float, false>>(a, kRows);
 #if defined(CLINFAST_AMX)
-  attend<bf16_t, AmxOrVector<WindowedAmx<AmxAttention<NoTerms>>, Windowed<bf16_t, true>>>(a, kAmxGroup);
+  attend<bf16_t, AmxOrVector<WindowedAmx<AmxAttention<WindowTerms>>, Windowed<bf16_t, true>>>(a, kAmxGroup);
 #elif defined(CLINFAST_AVX512_BF16)
   attend<bf16_t, Windowed<bf16_t, true>>(a, kRows);
 #else

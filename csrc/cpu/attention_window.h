@@ -9,6 +9,14 @@
 namespace clinfast {
 namespace CLINFAST_ISA {
 
+// Scores in memory are in units of log2, scale included, so that what is unseen lies far below the rest whatever the scale.
+struct WindowTerms : NoTerms {
+  static constexpr bool kScaled = true;
+  using NoTerms::NoTerms;
+};
+
+static inline float slope_of(const AttentionArgs &a) { return float(double(a.scale) * kLog2e); }
+
 // By rank in the note; where nothing is seen, begin is end.
 struct KeyRange {
   int64_t begin, end;
@@ -84,7 +92,7 @@ template <typename T> static void zero_rows_without_keys(const AttentionArgs &a,
 // score_tile for the `vecs` vectors of keys from key `key` of the block on, `k_stride` words apart; where `edges`, some of
 // them are not seen by some rows.
 template <bool Pairs, int M>
-static inline void score_window(const float *q, int64_t q_stride, const float *k, int64_t k_stride, int64_t depth, bool negate,
+static inline void score_window(const float *q, int64_t q_stride, const float *k, int64_t k_stride, int64_t depth, float slope,
                                 int64_t vecs, float *scores, bool edges, const KeyRange *rows, int64_t key, Vec *row_max) {
   with_constant<kTileVecs>(vecs, [&](auto n) {
     constexpr int NV = decltype(n)::value;
@@ -94,8 +102,7 @@ static inline void score_window(const float *q, int64_t q_stride, const float *k
         float *to = scores + i * kPanelStride + j * Vec::N;
         if (d > 0) s = s + Vec::load(to);
         if (d + steps < depth) return s.store(to);
-        if (negate) s = Vec::zero() - s;
-        s = max(Vec::set(kUnseen), s);
+        s = max(Vec::set(kUnseen), s * Vec::set(slope));
         if (edges) s = see_only(s, rows[i].begin - key - j * Vec::N, rows[i].end - key - j * Vec::N);
         s.store(to);
         row_max[i] = max(row_max[i], s);
@@ -145,7 +152,7 @@ template <typename T, bool Pairs, typename Base> struct WindowedVector : Base {
       }
       const int64_t from = begin > j ? begin : j, to = smaller(padded, j + tile_width);
       const bool edges = !ranges.all_see(M, block + from, block + to);
-      score_window<Pairs, M>(queries, query_stride, tile + from - j, tile_width, depth, !Base::kScaled && a.scale < 0,
+      score_window<Pairs, M>(queries, query_stride, tile + from - j, tile_width, depth, slope_of(a),
                              (to - from) / Vec::N, s.scores + from, edges, rows, from, row_max);
     }
     this->template weigh_and_multiply<M>(item, row, v, begin, end, padded, ranges.begin >= block,
@@ -190,6 +197,7 @@ template <typename Base> struct WindowedAmx : Base {
         constexpr int R = decltype(m)::value;
         float *scores = s.scores + row * kPanelStride, *weights = s.weights + row * kPanelStride;
         int64_t from = end, to = begin;
+        const Vec slope = Vec::set(slope_of(a));
         Vec row_max[R];
         for (int i = 0; i < R; i++) {
           const KeyRange keys = {ranges.row[row + i].begin - block, ranges.row[row + i].end - block};
@@ -204,7 +212,7 @@ template <typename Base> struct WindowedAmx : Base {
           for (int i = 0; i < R; i++) {
             const KeyRange &keys = ranges.row[row + i];
             float *at = scores + i * kPanelStride + key;
-            Vec x = max(Vec::set(kUnseen), Vec::load(at));
+            Vec x = max(Vec::set(kUnseen), Vec::load(at) * slope);
             if (block + key < keys.begin || block + key + Vec::N > keys.end)
               x = see_only(x, keys.begin - block - key, keys.end - block - key);
             x.store(at);
