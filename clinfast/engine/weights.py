@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clinfast.backends.cpu import sampling as samplers
+from clinfast.engine import relative_bias
 from clinfast.engine.spec import EncoderSpec, HeadSpec, ParameterRef, Unsupported
 from clinfast.ops import registry
 from clinfast.ops.linear import PackedLinear, prepack
@@ -22,7 +23,7 @@ SAMPLES_PER_TENSOR = 4
 @dataclasses.dataclass(frozen=True)
 class PackedLayer:
     """`qkv` makes [T, 3H] at once; where only first tokens are asked for, `query` and `key_value` come apart, unless
-    other layers share the weights."""
+    other layers share the weights. `bias` [heads, 2 R + 1] is added to its scores by distance, where there is one."""
 
     qkv: PackedLinear | None
     query: PackedLinear | None
@@ -32,6 +33,7 @@ class PackedLayer:
     ffn_in: PackedLinear
     ffn_out: PackedLinear
     output_norm: tuple[Tensor, Tensor]
+    bias: Tensor | None = None
 
 
 class PackedDense(NamedTuple):
@@ -141,6 +143,17 @@ def pack_weights(
             return {"qkv": None, "query": query, "key_value": key_value}
         return {"qkv": linear(at + "qkv"), "query": None, "key_value": None}
 
+    def distance_biases() -> Tensor | None:
+        if not spec.relative_buckets:
+            return None
+        found = relative_bias.expanded(
+            tensors["relative_bias.weight"], spec.relative_buckets, spec.relative_max_distance
+        )
+        copied.append(found.nbytes)
+        return found
+
+    bias = distance_biases()
+
     def layer(i: int, *, split: bool) -> PackedLayer:
         at = f"layers.{i}."
         gate = (at + "ffn_gate",) if spec.gated == "apart" else ()
@@ -151,6 +164,7 @@ def pack_weights(
             ffn_in=linear(at + "ffn_in", *gate, gated=bool(spec.gated)),
             ffn_out=linear(at + "ffn_out"),
             output_norm=norm(at + "output_norm"),
+            bias=bias,
         )
 
     prunes = head.only_first_tokens

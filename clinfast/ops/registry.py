@@ -2,7 +2,8 @@
 
 An op has one schema (registered with `torch.library`), an fp32 reference, and one implementation a backend. Backends
 are tried in the order of `BACKENDS`, on a GPU after the one that `choices.TABLE` puts first; the environment variable
-`CLINFAST_BACKEND_<OP>=<backend>` overrides the choice for one op, to bisect a problem in production.
+`CLINFAST_BACKEND_<OP>=<backend>` overrides the choice for one op, to bisect a problem in production; that of a stem,
+such as `CLINFAST_BACKEND_ATTENTION`, goes for its variants too.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def implementation(name: str, backend: str, device: str = "cpu", *, prechecked: 
     `prechecked` asks for a form that takes the values of ids, indices and boundaries for checked, as those are that
     `pack` made: on an accelerator, looking at them again would wait for it.
     """
-    chosen = os.environ.get(f"CLINFAST_BACKEND_{name.partition('.')[0].upper()}", backend)
+    chosen = _override(name.partition(".")[0]) or backend
     candidates = order(chosen, device)
     if chosen != "auto" or device != "cuda":
         return _first_offer(name, tuple(candidates), prechecked)
@@ -146,6 +147,11 @@ def implementation(name: str, backend: str, device: str = "cpu", *, prechecked: 
             for dtype in KERNEL_DTYPES["cuda"]
         }
     )
+
+
+def _override(op: str) -> str | None:
+    names = (op, *(stem for stem in STEMS if op.startswith(f"{stem}_")))
+    return next(filter(None, (os.environ.get(f"CLINFAST_BACKEND_{name.upper()}") for name in names)), None)
 
 
 def _first_offer(name: str, candidates: tuple[str, ...], prechecked: bool) -> Callable[..., Any]:

@@ -92,6 +92,15 @@ def attention(of_class: int, itemsize: int, head_dim: int, kind: str) -> Attenti
     return Attention(**_of_shape(of_class, "attention", f"{8 * itemsize} bit, head_dim {width}")[kind])
 
 
+def biased(tiles: Attention, itemsize: int, head_dim: int) -> Attention:
+    """`tiles` as attention with a bias takes them: its places and values need registers, which wide heads lack."""
+    if head_dim <= 64:
+        return tiles
+    if itemsize == 4:
+        return tiles._replace(num_warps=8)
+    return tiles._replace(block_n=min(tiles.block_n, 32), num_warps=8 if tiles.block_m >= 128 else tiles.num_warps)
+
+
 @functools.cache
 def linear(of_class: int, itemsize: int, in_features: int, out_features: int, rows: int) -> Linear:
     """`rows`: how many rows there are, rounded up to a power of two by the caller."""

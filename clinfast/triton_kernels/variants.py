@@ -248,10 +248,12 @@ def tabled(of_class: int) -> list[Variant]:
     for floats, itemsize in (("bf16", 2), ("fp32", 4)):
         for head_dim in (16, 32, 64, 128, 256):
             for kind in ("long", "short", "few"):
-                m, n, warps, stages = configs.attention(of_class, itemsize, head_dim, kind)
-                for absent, window in ((NO_BIAS, -1), ((), -1), (NO_BIAS[1:], 64)):
-                    if absent != NO_BIAS and kind == "short":
+                plain = configs.attention(of_class, itemsize, head_dim, kind)
+                for absent, window in ((NO_BIAS, -1), (NO_BIAS, 64), ((), -1)):
+                    if (absent, window) != (NO_BIAS, -1) and kind == "short":
                         continue
+                    own = plain if absent == NO_BIAS else configs.biased(plain, itemsize, head_dim)
+                    m, n, warps, stages = own
                     constants = (head_dim, head_dim, m, n, 1, window, "ieee")
                     found.append(make("attention_kernel", BIASED, constants, warps, stages, floats, absent))
     for rows in (1, 1024, 1 << 20):

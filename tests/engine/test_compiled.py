@@ -78,9 +78,9 @@ def test_same_bits_as_without_compile(head, options):
             assert torch.equal(out[name], eager[name])
 
 
-@pytest.mark.parametrize("family", ["albert", "ernie", "megatron-bert", "roberta-prelayernorm"])
+@pytest.mark.parametrize("family", ["albert", "ernie", "megatron-bert", "mpnet", "roberta-prelayernorm"])
 @pytest.mark.parametrize("head", ["base", "sequence"])
-def test_the_op_knows_norms_sharing_and_task_types(family, head):
+def test_the_op_knows_norms_sharing_task_types_and_biases(family, head):
     model = clinfast.optimize(relative(family, head, num_hidden_layers=3))
     eager = run(model, **INPUTS)
     fast, counter = compile_counted(model)

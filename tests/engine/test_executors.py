@@ -34,6 +34,7 @@ def test_same_bits_at_any_thread_count(head, thread_count):
 FAMILIES = {
     "pre-norm": ("megatron-bert", {"num_hidden_layers": 3}),
     "pre-norm after a normed embedding": ("roberta-prelayernorm", {"hidden_act": "gelu_new"}),
+    "relative bias": ("mpnet", {}),
     "shared": ("albert", {"num_hidden_layers": 4}),
     "shared in groups": ("albert", {"num_hidden_layers": 5, "num_hidden_groups": 3, "inner_group_num": 2}),
 }
@@ -48,7 +49,7 @@ def test_same_bits_in_other_families(head, padding, family, dtype, one_thread):
     compare(clinfast.optimize(model, padding=padding))
 
 
-@pytest.mark.parametrize("family", ["megatron-bert", "albert"])
+@pytest.mark.parametrize("family", ["megatron-bert", "albert", "mpnet"])
 def test_more_rows_than_one_slice_of_the_ffn(family, one_thread):
     model = clinfast.optimize(relative(family, "token", max_position_embeddings=520))
     compare(model, [512] * 4 + [1])
@@ -67,5 +68,6 @@ def compare(model, *cases):
         before = dict(registry.calls)
         encoder._executor = EagerExecutor(encoder.spec, "auto")
         assert_equal(run(model, **inputs), native)
-        assert registry.calls["attention[cpu]"] == before.get("attention[cpu]", 0) + encoder.spec.num_layers
+        name = "attention_biased[cpu]" if encoder.spec.relative_buckets else "attention[cpu]"
+        assert registry.calls[name] == before.get(name, 0) + encoder.spec.num_layers
         encoder._executor = NativeExecutor(encoder.spec, "auto")

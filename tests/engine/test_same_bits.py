@@ -87,7 +87,7 @@ def test_real_widths(size, dtype, thread_count):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", ["albert", "megatron-bert"])
+@pytest.mark.parametrize("family", ["albert", "megatron-bert", "mpnet"])
 @pytest.mark.parametrize("head", ["base", "sequence"])
 def test_shared_and_pre_norm_layers_at_real_width(head, family, dtype, thread_count):
     """The pruned last layer takes its queries from a norm of one row a note, or from queries of all rows."""

@@ -465,18 +465,19 @@ def test_transposed_weights_are_computed_right():
     assert_fresh(model)
 
 
-SHARED_AND_PRE_NORM = [
+OF_RELATIVES = [
     ("albert", "encoder.albert_layer_groups.0.albert_layers.0.attention.query.weight"),
     ("albert", "encoder.albert_layer_groups.0.albert_layers.0.ffn_output.bias"),
     ("albert", "encoder.embedding_hidden_mapping_in.weight"),
     ("ernie", "embeddings.task_type_embeddings.weight"),
     ("megatron-bert", "encoder.layer.1.ln.weight"),
     ("megatron-bert", "encoder.ln.bias"),
+    ("mpnet", "encoder.relative_attention_bias.weight"),
     ("roberta-prelayernorm", "LayerNorm.weight"),
 ]
 
 
-@pytest.mark.parametrize(("family", "path"), SHARED_AND_PRE_NORM)
+@pytest.mark.parametrize(("family", "path"), OF_RELATIVES)
 @pytest.mark.parametrize("through", ["version", "data"])
 def test_any_edit_of_a_relatives_weights_is_seen(family, path, through):
     model = clinfast.optimize(relative(family, num_hidden_layers=3))

@@ -62,7 +62,24 @@ OWN = {
         "five-tasks": {"task_type_vocab_size": 5},
     },
     "megatron-bert": {},
+    "mpnet": {
+        "more-rows": {"relative_attention_num_buckets": 40},
+        "pad-3": {"pad_token_id": 3},
+    },
     "roberta-prelayernorm": {"pad-3": {"pad_token_id": 3}},
+    "modernbert": {
+        "window-0": {"local_attention": 1},
+        "window-2": {"local_attention": 5},
+        "window-wide": {"local_attention": 128},
+        "local-only-after-first": {"global_attn_every_n_layers": 7},
+        "global-only": {"global_attn_every_n_layers": 1},
+        "thetas": {"global_rope_theta": 50.0, "local_rope_theta": 7.0},
+        "all-biases": {name: True for name in ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias")},
+        "attention-bias": {"attention_bias": True},
+        "no-decoder-bias": {"decoder_bias": False},
+        "silu": {"hidden_activation": "silu"},
+        "classifier-tanh": {"classifier_activation": "gelu_pytorch_tanh"},
+    },
     "xlm-roberta-xl": {"pad-3": {"pad_token_id": 3}},
 }
 # XLM-RoBERTa and CamemBERT share RoBERTa's reader, so their own classes are run, and the fields are RoBERTa's to vary.

@@ -56,12 +56,12 @@ class EncoderLayers:
         eps: float,
         activation: str,
         pre_norm: bool,
+        bias: Tensor | None = None,
         places: Tensor | None = None,
     ) -> Tensor:
-        """Overwrites and returns `x` [T, H], contiguous. `cu_seqlens` [B + 1] int32 as `pack` made it.
-
-        `places` [T] int32 are below the number of positions that the rotations have; None are ranks, and so are they.
-        """
+        """Overwrites and returns `x` [T, H], contiguous. `cu_seqlens` [B + 1] int32 as `pack` made it; `bias` and
+        `places` [T] as in `attention_biased`. Under a rotation, places are below the number of positions that its tables
+        have; so are ranks, which None stands for."""
         kernels = native.kernels()
         tokens, hidden = x.shape
         size = kernels.encoder_workspace_bytes(tokens, hidden, self._intermediate, self._code, self._table)
@@ -71,7 +71,8 @@ class EncoderLayers:
             self._addresses.data_ptr(), x.data_ptr(), workspace.data_ptr(), cu_seqlens.data_ptr(),
             native.address(seqused_k), num_layers, tokens, len(cu_seqlens) - 1, num_heads, hidden // num_heads,
             self._intermediate, scale, eps, ACTIVATIONS.index(activation), pre_norm, self._code, self._table,
-            torch.get_num_threads(), 0, 0, native.address(places), self._gated, self._positions,
+            torch.get_num_threads(), native.address(bias), 0 if bias is None else bias.shape[1] // 2,
+            native.address(places), self._gated, self._positions,
         )  # fmt: skip
         calls["encoder_layer[cpu]"] += num_layers
         if size <= KEPT_BYTES:

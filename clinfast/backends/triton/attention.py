@@ -147,6 +147,8 @@ def extended(
         kind, together = "few" if kind == "few" else "long", 1
     if tiles is None:
         tiles = configs.attention(device.device_class(index), q.itemsize, head_dim, kind)
+    if bias is not None:
+        tiles = configs.biased(tiles, q.itemsize, head_dim)
     block_m, block_n, warps, stages = tiles
     work, bound = _tiles(cu_seqlens_q, cu_seqlens_k, seqused_k, q_tokens, k.shape[0], block_m)
     if scale <= 0:  # the kernel takes the maximum before the factor, and masked scores are infinite

@@ -21,7 +21,7 @@ from clinfast.engine import packing
 from clinfast.engine.buckets import Bucket, bucket
 from clinfast.engine.executors.eager import EagerExecutor
 from clinfast.engine.graph_pool import Captured, Driver, GraphPool, Lane
-from clinfast.engine.packing import PackedBatch, check_facts, places_of
+from clinfast.engine.packing import PackedBatch, check_facts, offsets_of
 from clinfast.engine.run import compute, no_tokens, spread
 from clinfast.engine.spec import EncoderOutput, HeadSpec, NotServed, Request
 from clinfast.engine.weights import PackedWeights
@@ -142,7 +142,7 @@ class GraphExecutor:
         real = PackedBatch(
             buffers.cu_seqlens[: batch + 1], buffers.indices[:tokens], None, tokens, longest, batch, seqlen
         )
-        if self._uses_columns(request) and tokens and places_of(real) is not None:
+        if self._uses_columns(request) and tokens and offsets_of(real) is not None:
             self._without("a mask with holes, under attention that depends on distances")
             return None
         if not tokens:
@@ -194,6 +194,7 @@ class GraphExecutor:
             notes + 1,
             rows,
             places,
+            buffers.indices[:rows],
         )
         output = compute(self.executor, weights, self.head, request, batch)
         if self.head.hidden_states or any(y is None for y in output.branches):

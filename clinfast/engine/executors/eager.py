@@ -30,6 +30,8 @@ class EagerExecutor:
         (
             self.pack, self.position_ids, self.embedding, self.attention, self.layer_norm, self.unpack, self.pooling,
         ) = found  # fmt: skip
+        if spec.relative_buckets:
+            self.attention_biased = registry.implementation("attention_biased", backend, device, prechecked=True)
         self.rotate = self.attention_windowed = None
         if spec.rotations:
             self.rotate = registry.implementation("rotate", backend, device, prechecked=True)
@@ -96,7 +98,7 @@ class EagerExecutor:
             self._turn(weights, i, q, batch)
             self._turn(weights, i, key_value[:, :heads], batch)
             k, v = key_value.unflatten(1, (2, heads)).unbind(1)
-        context = self._attend(i, q, k, v, batch.cu_seqlens, batch, batch.places)
+        context = self._attend(i, layer, q, k, v, batch)
         return self._after_attention(layer, context, x)
 
     def _turn(self, weights: PackedWeights, i: int, heads: Tensor, batch: PackedBatch) -> None:
@@ -104,19 +106,23 @@ class EagerExecutor:
         tables = weights.rotations[i]
         if tables is not None:
             assert self.rotate is not None
-            self.rotate(heads, *tables, batch.cu_seqlens, batch.places)
+            self.rotate(heads, *tables, batch.cu_seqlens, batch.offsets)
 
     def _attend(
-        self, i: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, batch: PackedBatch, places: Tensor | None
+        self, i: int, layer: PackedLayer, q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, *, first: bool = False
     ) -> Tensor:
-        """`places` are those of `q`; None are ranks."""
-        args = (q, k, v, cu_seqlens_q, batch.cu_seqlens, batch.seqused_k, self.spec.scale)
+        """The layer's own kind of attention; `first`: `q` has one row a note, its first."""
+        queries = one_row_a_note(batch.batch, q.device) if first else batch.cu_seqlens
+        args = (q, k, v, queries, batch.cu_seqlens, batch.seqused_k, self.spec.scale)
         window = self.spec.window_of(i)
-        if window < 0:
-            context: Tensor = self.attention(*args)
-        else:
+        if layer.bias is not None:
+            places = _first_places(batch) if first else batch.places
+            context: Tensor = self.attention_biased(*args, layer.bias, places, batch.places)
+        elif window >= 0:
             assert self.attention_windowed is not None
-            context = self.attention_windowed(*args, window, places, batch.places)
+            context = self.attention_windowed(*args, window, None if first else batch.offsets, batch.offsets)
+        else:
+            context = self.attention(*args)
         return context
 
     def _first_rows(self, weights: PackedWeights, x: Tensor, batch: PackedBatch) -> Tensor:
@@ -136,8 +142,7 @@ class EagerExecutor:
             self._turn(weights, i, key_value.view(-1, 2 * heads, spec.head_dim)[:, :heads], batch)
             k, v = key_value.view(-1, 2, *shape[1:]).unbind(1)
             q = layer.query(self._before(layer.attention_norm, first)).view(shape)
-        rows = one_row_a_note(batch.batch, x.device)
-        context = self._attend(i, q, k, v, rows, batch, None)
+        context = self._attend(i, layer, q, k, v, batch, first=True)
         return self._after_attention(layer, context, first)
 
     def _after_attention(self, layer: PackedLayer, context: Tensor, x: Tensor) -> Tensor:
@@ -175,3 +180,9 @@ class EagerExecutor:
 
     def _final_norm(self, weights: PackedWeights, x: Tensor) -> Tensor:
         return x if weights.final_norm is None else self.layer_norm(x, None, *weights.final_norm, self.spec.eps)
+
+
+def _first_places(batch: PackedBatch) -> Tensor:
+    """[B]: where each note's first token stood; any place for a note without tokens."""
+    firsts = batch.cu_seqlens[:-1].clamp(max=max(batch.tokens - 1, 0))
+    return batch.places[firsts]
