@@ -84,6 +84,9 @@ OWN = {
 }
 # XLM-RoBERTa and CamemBERT share RoBERTa's reader, so their own classes are run, and the fields are RoBERTa's to vary.
 VARIED = {family: FIELDS | ({} if family == "distilbert" else NOT_IN_DISTILBERT) | own for family, own in OWN.items()}
+# Rotary embeddings turn pairs, and there are no token types.
+for name in ("hidden-odd", "three-types"):
+    del VARIED["modernbert"][name]
 FIELD_CASES = [(family, head, name) for family, head in PAIRS for name in VARIED.get(family, ())]
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -128,6 +131,8 @@ MASKS = {
 @pytest.mark.parametrize(("family", "head"), PAIRS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks(family, head, mask):
+    if (family, head, mask) == ("modernbert", "choice", "bool"):
+        pytest.skip("stock takes the argmax of the mask, which bool has not")
     s = subject(family, head)
     inputs = {"input_ids": ids(4, 20)}
     if MASKS[mask] is not None:
@@ -238,7 +243,7 @@ def test_attentions_come_from_stock(family):
         found = s.model(**batch_for(model), output_attentions=True).attentions
     with torch.no_grad():
         expected = s.stock(**batch_for(model), output_attentions=True).attentions
-    assert len(found) == len(expected) == 2
+    assert len(found) == len(expected) == model.config.num_hidden_layers
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
