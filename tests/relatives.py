@@ -10,6 +10,7 @@ from bert_models import ids, randomize, right_padded
 from torch import Tensor
 
 VOCAB = 97
+SPECIAL_IDS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
 # Class prefix, and the fields that only this family has.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta": ("Roberta", {"pad_token_id": 1, "type_vocab_size": 1}),
@@ -24,13 +25,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta-prelayernorm": ("RobertaPreLayerNorm", {"pad_token_id": 1, "type_vocab_size": 1}),
     "xlm-roberta-xl": ("XLMRobertaXL", {"pad_token_id": 1, "type_vocab_size": 1}),
     # A global layer, then two with a window that the 24 tokens of the tests do not fit, then a global one.
-    "modernbert": (
-        "ModernBert",
-        {
-            "num_hidden_layers": 4, "local_attention": 8,
-            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1),
-        },
-    ),  # fmt: skip
+    "modernbert": ("ModernBert", {"num_hidden_layers": 4, "local_attention": 8, **SPECIAL_IDS}),
 }
 # What ModernBERT calls BERT's fields.
 MODERNBERT_NAMES = {"hidden_act": "hidden_activation", "layer_norm_eps": "norm_eps"}

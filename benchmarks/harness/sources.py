@@ -53,6 +53,7 @@ RANDOM = {
     "megatron-bert-345m": Random(
         "MegatronBertModel", "MegatronBertConfig", {"hidden_act": "gelu_new", "max_position_embeddings": 512}
     ),
+    "modernbert-base": Random("ModernBertModel", "ModernBertConfig"),
     "distilbert-qa": Random("DistilBertForQuestionAnswering", "DistilBertConfig"),
 }
 
@@ -77,6 +78,8 @@ def save_random(name: str, folder: Path) -> None:
                 parameter.add_(0.02 * torch.randn_like(parameter))
             if path.endswith(QUERIES_AND_KEYS):
                 parameter.mul_(2)
+            elif path.endswith(".Wqkv.weight"):
+                parameter[: len(parameter) * 2 // 3].mul_(2)
     model.save_pretrained(folder)
     for file in TOKENIZER_FILES:
         shutil.copy(minilm_folder() / file, folder / file)
@@ -115,6 +118,7 @@ MODELS = {
     "distilbert-base": RELATIVE,
     "albert-base": Timed(("fp32",), tuple(CELLS)),
     "mpnet-base": Timed(PRECISIONS, tuple(CELLS)),
+    "modernbert-base": Timed(PRECISIONS, (*CELLS, "long8")),
     "megatron-bert-345m": Timed(("fp32",), tuple(CELLS)),
 }
 

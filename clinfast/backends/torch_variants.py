@@ -49,9 +49,8 @@ def attention_windowed(
             sees = (to[None, first:last] - here[:, None]).abs() <= window
             rows = slice(own.start + start, own.start + start + len(here))
             part = slice(of_keys.start + first, of_keys.start + last)
-            result = functional.scaled_dot_product_attention(
-                *(t.transpose(0, 1)[None] for t in (q[rows], k[part], v[part])), sees, scale=scale
-            )
+            own_q, own_k, own_v = (t.transpose(0, 1)[None] for t in (q[rows], k[part], v[part]))
+            result = functional.scaled_dot_product_attention(own_q, own_k, own_v, sees, scale=scale)
             out[rows] = result[0].transpose(0, 1).masked_fill(~sees.any(1)[:, None, None], 0)
     return out
 

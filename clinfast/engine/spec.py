@@ -39,8 +39,8 @@ class EncoderSpec:
         task_type_vocab_size: rows of a table whose first is added to every token's embedding; 0 where there is none.
         position_table: whether positions have embeddings; `max_positions` bounds them anyway.
         windows: for each layer the distance up to which a token sees others, -1 for all; () where every layer sees all.
-        rotations: for each layer the number of the rotary embedding that turns its queries and keys, from 0 on; () where
-            nothing is turned. Its inverse frequencies are `rotation.<number>.inverse_frequencies`.
+        rotations: for each layer the number of the rotary embedding that turns its queries and keys, from 0 on; () for
+            none. Its inverse frequencies are `rotation.<number>.inverse_frequencies`.
         gated: FFN is activation(first half) * second half of twice `intermediate_size`; with `"apart"` the halves are
             weights of their own, `ffn_in` and `ffn_gate`.
         packed_qkv: query, key and value are one weight, `qkv`.
@@ -207,8 +207,8 @@ class EncoderSpec:
 class Dense:
     """One dense layer of a head: activation(x @ weight.T + bias), then LayerNorm where `eps` is given.
 
-    Its weights are `<name>.weight` and `<name>.bias`, and `<name>.norm.weight` and `<name>.norm.bias`; the biases are there
-    where `bias` and `norm_bias` say so.
+    Its weights are `<name>.weight` and `<name>.bias`, and `<name>.norm.weight` and `<name>.norm.bias`; the biases are
+    there where `bias` and `norm_bias` say so.
     """
 
     name: str
@@ -236,8 +236,8 @@ class Branch:
     """Dense layers one after the other, on every token or on one row a note.
 
     Args:
-        rows: a note's row is column 0 (`"first_token"`), its first real token wherever it stands (`"first_real_token"`), or
-            the mean of its real tokens (`"mean"`).
+        rows: a note's row is column 0 (`"first_token"`), its first real token wherever that stands
+            (`"first_real_token"`), or the mean of its real tokens (`"mean"`).
         pads: what stands at padded positions of a per-token result: 0, or the dtype's minimum, which no argmax picks.
         selectable: whether a request may ask for some positions only.
     """

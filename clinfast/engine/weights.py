@@ -45,8 +45,9 @@ class PackedDense(NamedTuple):
 class PackedWeights:
     """Everything that a forward needs, laid out for the ops.
 
-    `rotations` are each layer's tables of cos and sin [max_positions, head_dim / 2], fp32. `layers` are the whole ones, the same object where layers share; `last` is the last one where only first tokens are
-    asked of it. `fused` runs `layers` in one call, None where the backend cannot. `nbytes` counts what was copied.
+    `rotations` are each layer's tables of cos and sin [max_positions, head_dim / 2], fp32. `layers` are the whole ones,
+    the same object where layers share; `last` is the last one where only first tokens are asked of it. `fused` runs
+    `layers` in one call, None where the backend cannot. `nbytes` counts what was copied.
     """
 
     word: Tensor

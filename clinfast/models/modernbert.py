@@ -1,4 +1,4 @@
-"""ModernBERT: pre-norm, rotary positions, gated FFN, a sliding window in most layers; biases where the config has them."""
+"""ModernBERT: pre-norm, rotary positions, gated FFN, a sliding window in most layers, biases only if asked for."""
 
 from __future__ import annotations
 

@@ -82,8 +82,8 @@ def attention_windowed(
 ) -> Tensor:
     """softmax(scale * q k^T) v, each query over the keys of its own note whose place is at most `window` from its own.
 
-    The sliding window of Longformer (arXiv:2004.05150, section 3.1), by half-width: keys outside are skipped, so that time
-    and memory grow with the number of tokens. A note's result depends on its own rows only.
+    The sliding window of Longformer (arXiv:2004.05150, section 3.1), by half-width: keys outside are skipped, so that
+    time and memory grow with the number of tokens. A note's result depends on its own rows only.
 
     Args:
         q: [Tq, heads, head_dim], fp32 or bf16, last dimension contiguous, head_dim 1 to 256.

@@ -48,14 +48,15 @@ def check(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, places: Tenso
     """Raises ValueError where shapes or dtypes do not go together."""
     if x.dim() != 3 or x.shape[2] % 2 or x.shape[2] == 0 or x.stride(2) != 1:
         raise ValueError(
-            f"rotate: x is {list(x.shape)} with strides {x.stride()}; it must be [tokens, heads, head_dim] with an even "
-            "head_dim, its last dimension contiguous"
+            f"rotate: x is {list(x.shape)} with strides {x.stride()}; it must be [tokens, heads, head_dim] with an "
+            "even head_dim, its last dimension contiguous"
         )
     half = x.shape[2] // 2
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape != (cos.shape[0], half) or table.dtype is not torch.float32 or not table.is_contiguous():
             raise ValueError(
-                f"rotate: {name} is {list(table.shape)} {table.dtype}; it must be [positions, {half}] float32, contiguous"
+                f"rotate: {name} is {list(table.shape)} {table.dtype}; it must be [positions, {half}] float32, "
+                "contiguous"
             )
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype is not torch.int32:
         raise ValueError(f"rotate: cu_seqlens is {list(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be [B + 1] int32")

@@ -23,7 +23,7 @@ class EncoderLayers:
 
     Args:
         layers: for each layer `(qkv, attention_output, attention_norm, ffn_in, ffn_out, output_norm)`; linears are
-            `NativeLinear`, norms pairs of fp32 vectors (weight, shift). A pre-norm layer's `attention_norm` may be None.
+            `NativeLinear`, norms pairs of fp32 vectors (weight, shift). Under pre-norm `attention_norm` may be None.
         rotations: for each layer its tables of `rotate`, cos and sin, or None.
         windows: for each layer the window of its attention, -1 for none.
     """
