@@ -95,7 +95,9 @@ class Guard:
         self.head = match.head
         # A family without token types ignores them where its forward takes any argument.
         self.ignored = {"token_type_ids"} if self.takes_any and not match.encoder.type_vocab_size else set()
-        self.zero_or_one = _transformers_is_four()
+        self.zero_or_one = transformers_is_four()
+        # Column 0 may be padding that sees no key, which a traced call could not find out, nor transformers 4 leave alone.
+        self.compiles = not (self.zero_or_one and self.head.reads_first_token and match.encoder.has_windows)
         self.parameters = [ref.module._parameters for ref in match.parameters.values()]
         self.word = match.parameters["embedding.word.weight"].module._parameters
         self.snapshot = Snapshot(module, match)
@@ -140,7 +142,7 @@ class Guard:
         Hooks, swapped submodules and frozen parameters are looked at while tracing and taken for granted
         after, as `torch.compile` itself does with hooks.
         """
-        if module.training or torch.compiler.is_exporting() or not _settled(self, module, torch.is_grad_enabled()):
+        if not self.compiles or module.training or torch.compiler.is_exporting() or not _settled(self, module, torch.is_grad_enabled()):
             return None
         device = _device(self)
         if torch.is_autocast_enabled(device.type):
@@ -268,7 +270,7 @@ def _function_mode_matters() -> bool:
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
-def _transformers_is_four() -> bool:
+def transformers_is_four() -> bool:
     """transformers 4 takes a mask apart as 1 - mask, and 2 means masked; from 5 on, all but 0 is kept."""
     version = getattr(sys.modules.get("transformers"), "__version__", "5")
     return int(version.partition(".")[0]) < 5

@@ -26,7 +26,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "xlm-roberta-xl": ("XLMRobertaXL", {"pad_token_id": 1, "type_vocab_size": 1}),
     # A global layer, then two with a window that the 24 tokens of the tests do not fit, then a global one.
     "modernbert": ("ModernBert", {"num_hidden_layers": 4, "local_attention": 8, **SPECIAL_IDS}),
+    "nomic-bert": ("NomicBert", {}),
 }
+# Some are newer than the oldest transformers that is served.
+FAMILIES = {name: found for name, found in FAMILIES.items() if hasattr(transformers, f"{found[0]}Model")}
 # What ModernBERT calls BERT's fields.
 MODERNBERT_NAMES = {"hidden_act": "hidden_activation", "layer_norm_eps": "norm_eps"}
 HEADS = {

@@ -129,7 +129,11 @@ class EncoderSpec:
     @property
     def uses_places(self) -> bool:
         """Whether distances between a note's tokens count, beyond what the embedding adds."""
-        return bool(self.rotations) or any(window >= 0 for window in self.windows)
+        return bool(self.rotations) or self.has_windows
+
+    @property
+    def has_windows(self) -> bool:
+        return any(window >= 0 for window in self.windows)
 
     def window_of(self, layer: int) -> int:
         """-1 where the layer sees all keys."""

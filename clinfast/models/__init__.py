@@ -26,6 +26,7 @@ FAMILIES = {
     "transformers.models.ernie.modeling_ernie": "clinfast.models.ernie",
     "transformers.models.megatron_bert.modeling_megatron_bert": "clinfast.models.megatron_bert",
     "transformers.models.modernbert.modeling_modernbert": "clinfast.models.modernbert",
+    "transformers.models.nomic_bert.modeling_nomic_bert": "clinfast.models.nomic_bert",
     "transformers.models.mpnet.modeling_mpnet": "clinfast.models.mpnet",
     "transformers.models.roberta_prelayernorm.modeling_roberta_prelayernorm": "clinfast.models.roberta",
     "transformers.models.xlm_roberta_xl.modeling_xlm_roberta_xl": "clinfast.models.roberta",

@@ -18,7 +18,7 @@ MODULES: dict[str, Activation] = {
     "transformers.activations.GELUActivation": "gelu",
     "torch.nn.modules.activation.ReLU": "relu",
 }
-# Only a gated FFN takes it.
+# Served where a reader asks for it.
 SILU = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
 FUNCTIONS: dict[Any, Activation] = {
     nn.functional.gelu: "gelu",
@@ -27,8 +27,8 @@ FUNCTIONS: dict[Any, Activation] = {
 }
 
 
-def activation(module: Any, path: str, *, gated: bool = False) -> Activation:
-    """The activation at `path`; `gated` is the FFN's that is multiplied by a second half.
+def activation(module: Any, path: str, *, silu: bool = False) -> Activation:
+    """The activation at `path`; `silu`: SiLU may stand there.
 
     Raises:
         Unsupported: one that is not served.
@@ -36,11 +36,11 @@ def activation(module: Any, path: str, *, gated: bool = False) -> Activation:
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     name = f"{type(module).__module__}.{type(module).__qualname__}"
-    if gated and name in SILU:
+    if silu and name in SILU:
         return "silu"
     if name in MODULES:
         return MODULES[name]
     if callable(module) and not isinstance(module, nn.Module) and module.__hash__ and module in FUNCTIONS:
         return FUNCTIONS[module]
-    served = "'gelu', 'gelu_new', 'gelu_pytorch_tanh'" + ", 'silu'" * gated
+    served = "'gelu', 'gelu_new', 'gelu_pytorch_tanh'" + ", 'silu'" * silu
     raise Unsupported(f"{path} is {name}; hidden_act {served} or 'relu' is served")

@@ -77,7 +77,7 @@ class ModernBertReader(Reader):
         inner = checks.exact(mlp.Wo, f"{path}.mlp.Wo", nn.Linear).in_features
         self.linear(f"{to}.ffn_in", mlp.Wi, f"{path}.mlp.Wi", hidden, 2 * inner)
         self.linear(f"{to}.ffn_out", mlp.Wo, f"{path}.mlp.Wo", inner, hidden)
-        act = self.activation(mlp, f"{path}.mlp", "act", gated=True)
+        act = self.activation(mlp, f"{path}.mlp", "act", silu=True)
         self.constant(attention, *CONSTANTS)
         self.constant(layer, "attention_type")
         sizes = hidden // attention.head_dim, attention.head_dim, hidden

@@ -88,9 +88,9 @@ class Reader:
         self._add(canonical, table, bias=False)
         return table.weight
 
-    def activation(self, owner: nn.Module, path: str, name: str, *, gated: bool = False) -> Activation:
+    def activation(self, owner: nn.Module, path: str, name: str, *, silu: bool = False) -> Activation:
         self.constant(owner, name)
-        return activation(getattr(owner, name), f"{path}.{name}", gated=gated)
+        return activation(getattr(owner, name), f"{path}.{name}", silu=silu)
 
     def dense(
         self, name: str, module: Any, path: str, inputs: int, *, activation: HeadActivation = "none", norm: Any = None

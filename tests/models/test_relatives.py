@@ -16,6 +16,7 @@ from relatives import (
     reads_first_token,
     shaped,
 )
+from transformers_version import FOUR
 
 import clinfast
 from clinfast import models
@@ -67,6 +68,10 @@ OWN = {
         "pad-3": {"pad_token_id": 3},
     },
     "roberta-prelayernorm": {"pad-3": {"pad_token_id": 3}},
+    "nomic-bert": {
+        "gelu": {"hidden_act": "gelu"},
+        "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+    },
     "modernbert": {
         "window-0": {"local_attention": 1},
         "window-2": {"local_attention": 5},
@@ -84,9 +89,9 @@ OWN = {
 }
 # XLM-RoBERTa and CamemBERT share RoBERTa's reader, so their own classes are run, and the fields are RoBERTa's to vary.
 VARIED = {family: FIELDS | ({} if family == "distilbert" else NOT_IN_DISTILBERT) | own for family, own in OWN.items()}
-# Rotary embeddings turn pairs, and there are no token types.
-for name in ("hidden-odd", "three-types"):
-    del VARIED["modernbert"][name]
+# Rotary embeddings turn pairs, and ModernBERT has no token types.
+del VARIED["modernbert"]["three-types"], VARIED["modernbert"]["hidden-odd"], VARIED["nomic-bert"]["hidden-odd"]
+VARIED = {family: fields for family, fields in VARIED.items() if family in FAMILIES}
 FIELD_CASES = [(family, head, name) for family, head in PAIRS for name in VARIED.get(family, ())]
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -95,7 +100,7 @@ _subjects = {}
 
 def subject(family, head, fields=(), **options):
     """Built once per configuration: tests only read it."""
-    key = (family, head, tuple(dict(fields).items()), *options.items())
+    key = (family, head, repr(dict(fields)), *options.items())
     if key not in _subjects:
         dtype = options.pop("dtype", torch.float32)
         _subjects[key] = Subject(make(family, head, dtype=dtype, **dict(fields)), **options)
@@ -111,6 +116,8 @@ def test_fields(family, head, name):
 @pytest.mark.parametrize(("family", "head"), PAIRS)
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"backend": "torch"}, {"padding": "keep"}], ids=str)
 def test_dtype_backend_and_padding(family, head, options):
+    if FOUR and family == "modernbert" and "padding" in options:
+        pytest.skip("refused: test_kept_padding_is_refused_on_transformers_4")
     s = subject(family, head, **options)
     before = dict(registry.calls)
     s.check(all_positions="padding" in options, **batch_for(s.model))
@@ -189,7 +196,7 @@ def test_a_note_has_the_same_bits_in_any_batch(family, head, dtype):
     assert clinfast.report(model).calls_stock == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family, head in PAIRS if head == "qa"])
 def test_no_argmax_over_a_span_head_picks_a_pad(family):
     s = subject(family, "qa")
     inputs = batch_for(s.model)

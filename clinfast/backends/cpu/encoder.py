@@ -60,8 +60,8 @@ class EncoderLayers:
         places: Tensor | None = None,
     ) -> Tensor:
         """Overwrites and returns `x` [T, H], contiguous. `cu_seqlens` [B + 1] int32 as `pack` made it; `bias` and
-        `places` [T] as in `attention_biased`. Under a rotation, places are below the number of positions that its tables
-        have; so are ranks, which None stands for."""
+        `places` [T] as in `attention_biased`. Under a rotation, places are below the number of positions that its
+        tables have; so are ranks, which None stands for."""
         kernels = native.kernels()
         tokens, hidden = x.shape
         size = kernels.encoder_workspace_bytes(tokens, hidden, self._intermediate, self._code, self._table)

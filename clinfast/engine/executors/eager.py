@@ -35,7 +35,7 @@ class EagerExecutor:
         self.rotate = self.attention_windowed = None
         if spec.rotations:
             self.rotate = registry.implementation("rotate", backend, device, prechecked=True)
-        if any(window >= 0 for window in spec.windows):
+        if spec.has_windows:
             self.attention_windowed = registry.implementation("attention_windowed", backend, device, prechecked=True)
 
     def all_hidden_states(self, weights: PackedWeights, request: Request, batch: PackedBatch) -> Tensor:
