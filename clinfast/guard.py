@@ -142,7 +142,9 @@ class Guard:
         Hooks, swapped submodules and frozen parameters are looked at while tracing and taken for granted
         after, as `torch.compile` itself does with hooks.
         """
-        if not self.compiles or module.training or torch.compiler.is_exporting() or not _settled(self, module, torch.is_grad_enabled()):
+        if not self.compiles or module.training or torch.compiler.is_exporting():
+            return None
+        if not _settled(self, module, torch.is_grad_enabled()):
             return None
         device = _device(self)
         if torch.is_autocast_enabled(device.type):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.applications import COUNTS, race
+from benchmarks.applications import COUNTS, SIDES, race
 from benchmarks.harness.goals import GOALS_FILE
 from benchmarks.harness.sources import MODELS, model_source
 from benchmarks.harness.tables import print_results
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--missing", action="store_true", help="skip cells that the result file has already")
     whole = commands.add_parser("applications", help="encode and CrossEncoder, tokeniser included, before and after")
     whole.add_argument("--tasks", type=names, default=list(COUNTS), help="default: %(default)s")
+    whole.add_argument("--precisions", type=names, default=list(SIDES), help="default: %(default)s")
     whole.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     whole.add_argument("--threads", type=int, default=2, help="of both sides; default: %(default)s")
     whole.add_argument("--json", type=Path, required=True, help="result file, merged into if it is there")
@@ -106,14 +108,16 @@ def applications(options: argparse.Namespace, console: Console) -> int:
     if unknown := set(options.tasks) - set(COUNTS):
         console.print(f"{', '.join(unknown)} is none of {', '.join(COUNTS)}")
         return 2
-    for task in options.tasks:
-        record = race(task, options.rounds, options.threads)
-        results.add_application(options.json, task, record, environment(options.threads))
-        ratio = record["stock_over_clinfast"]
-        console.print(
-            f"{task}: {ratio['median']:.2f} x stock ({ratio['min']:.2f} to {ratio['max']:.2f}), "
-            f"{record['texts_per_second']['clinfast']:.1f} texts a second"
-        )
+    if unknown := set(options.precisions) - set(SIDES):
+        console.print(f"{', '.join(unknown)} is none of {', '.join(SIDES)}")
+        return 2
+    for task, precision in itertools.product(options.tasks, options.precisions):
+        record = race(task, options.rounds, options.threads, precision)
+        results.add_application(options.json, f"{task}/{precision}", record, environment(options.threads))
+        for name, ratio in record["over_clinfast"].items():
+            console.print(
+                f"{task} {precision}: {ratio['median']:.2f} x {name} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+            )
     return 0
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clinfast.backends.torch_variants import attention_windowed, gate, rotate
 from clinfast.ops import attention_biased as biased
 from clinfast.ops.linear import activate
 from clinfast.ops.packing import PackedBuffers, PackInto
@@ -285,13 +286,14 @@ def attention_biased(
 
 
 def implementations() -> dict[str, Callable[..., Any]]:
-    from clinfast.backends import fp8, torch_variants  # which has this module's functions in it
+    from clinfast.backends import fp8  # which has this module's functions in it
 
     return {
         **fp8.IMPLEMENTATIONS,
-        **torch_variants.IMPLEMENTATIONS,
         "attention": attention,
         "attention_biased": attention_biased,
+        "attention_windowed": attention_windowed,
+        "gate": gate,
         "embedding": embedding,
         "gelu": gelu,
         "layer_norm": layer_norm,
@@ -301,5 +303,6 @@ def implementations() -> dict[str, Callable[..., Any]]:
         "pack.into": pack_into,
         "pooling": pooling,
         "position_ids": position_ids,
+        "rotate": rotate,
         "unpack": unpack,
     }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,9 +67,3 @@ def gate(x: Tensor, activation: str) -> Tensor:
     first, second = x.float().chunk(2, -1)
     return (activate(first, activation) * second).to(x.dtype)
 
-
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "attention_windowed": attention_windowed,
-    "gate": gate,
-    "rotate": rotate,
-}

@@ -1,4 +1,4 @@
-"""Nomic BERT as transformers 5 has it: BERT's post-norm layers with rotary positions, a gated FFN, and hardly a bias."""
+"""Nomic BERT as transformers 5 has it: BERT's post-norm layers with rotary positions and a gated FFN, few biases."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class NomicBertReader(Reader):
         self.constant(model.config, "num_hidden_layers")
         if not len(layers) or model.config.num_hidden_layers != len(layers):
             raise Unsupported(
-                f"{path} has {len(layers)} layers and config.num_hidden_layers is {model.config.num_hidden_layers}; they "
-                "must agree, and not be 0"
+                f"{path} has {len(layers)} layers and config.num_hidden_layers is {model.config.num_hidden_layers}; "
+                "they must agree, and not be 0"
             )
         tables = self._embeddings(model.embeddings, model.config.max_position_embeddings)
         read = [self._layer(layer, i, tables["hidden_size"], tables["eps"]) for i, layer in enumerate(layers)]
@@ -51,12 +51,10 @@ class NomicBertReader(Reader):
         path = self.at("embeddings")
         checks.exact(embeddings.dropout, f"{path}.dropout", nn.Dropout)
         hidden = checks.exact(embeddings.word_embeddings, f"{path}.word_embeddings", nn.Embedding).weight.shape[1]
-        sizes = {
-            field: self.table(f"embedding.{name}", getattr(embeddings, attribute), f"{path}.{attribute}", hidden).shape[0]
-            for field, name, attribute in (
-                ("vocab_size", "word", "word_embeddings"), ("type_vocab_size", "token_type", "token_type_embeddings"),
-            )
-        }  # fmt: skip
+        sizes = {}
+        for field, name in (("vocab_size", "word"), ("type_vocab_size", "token_type")):
+            module, at = getattr(embeddings, f"{name}_embeddings"), f"{path}.{name}_embeddings"
+            sizes[field] = self.table(f"embedding.{name}", module, at, hidden).shape[0]
         eps = self.norm("embedding.norm", embeddings.LayerNorm, f"{path}.LayerNorm", hidden)
         return {"hidden_size": hidden, "eps": eps, "max_positions": max_positions, **sizes}
 

@@ -46,6 +46,9 @@ TABLE: tuple[Choice, ...] = (
         ("attention",), "cuda", "both use mma.sync; ours takes a note of 128 keys in one pass and needs no table of "
         "tiles", HALF,
     ),
+    Choice(("attention_biased",), "triton", "the CUDA kernels take no bias"),
+    Choice(("attention_windowed",), "triton", "the CUDA kernels have no window"),
+    Choice(("rotate", "gate"), "triton", "bound by memory; the CUDA kernels have neither"),
     Choice(("attention",), "cuda", "both are fp32 multiply-adds; ours is there without a compiler", FULL),
     Choice(
         ("pack", "position_ids", "unpack", "embedding", "layer_norm", "gelu", "pooling"), "cuda",

@@ -19,6 +19,9 @@ PACK_BLOCK = 512
 # More than the notes that a bucket of graphs with such a tile has room for.
 PACK_INTO_NOTES = 64
 ACTIVATIONS = ("gelu", "gelu_tanh")
+GATES = ("gelu", "silu")
+# ModernBERT's, of 128 tokens in all.
+WINDOW = 64
 # What plain attention goes without; a bias comes with places where the engine asks for it.
 NO_BIAS = ("bias_ptr", "q_places_ptr", "k_places_ptr")
 
@@ -55,6 +58,13 @@ KERNELS = {
     ),
     "gelu_kernel": Kernel.of(
         "gelu", "x_ptr:P bias_ptr:P out_ptr:P rows:i hidden:D x_row:D out_row:D", "ACTIVATION ROWS BLOCK"
+    ),
+    "gate_kernel": Kernel.of("gate", "x_ptr:P out_ptr:P rows:i outputs:D x_row:D out_row:D", "ACTIVATION ROWS BLOCK"),
+    "rotate_kernel": Kernel.of(
+        "rotate",
+        "x_ptr:P cos_ptr:P sin_ptr:P cu_seqlens_ptr:p places_ptr:p tokens:i batch:i positions:i heads:i x_token:D "
+        "x_head:D steps:i",
+        "HALF BLOCK ROWS HEADS",
     ),
     "pooling_kernel": Kernel.of(
         "pooling", "x_ptr:P cu_seqlens_ptr:p out_ptr:P tokens:i hidden:D x_row:D", "KIND ROWS BLOCK"
@@ -167,6 +177,7 @@ INTEGERS = dict.fromkeys(
     ("indices_ptr", "positions_ptr", "cu_seqlens_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_ptr", "bad_ptr",
      "tiles_ptr", "out_ptr", "out_ids_ptr", "out_types_ptr"), "i32",
 )  # fmt: skip
+ROTATION = {"cos_ptr": "fp32", "sin_ptr": "fp32", "cu_seqlens_ptr": "i32", "places_ptr": "i32"}
 BIASED = {"tiles_ptr": "i32", "bias_ptr": "fp32", "q_places_ptr": "i32", "k_places_ptr": "i32"}
 
 
@@ -193,6 +204,10 @@ def _rowwise(of_class: int) -> Iterator[Variant]:
         for activation in ACTIVATIONS:
             for absent in ((), ("bias_ptr",)):
                 yield make("gelu_kernel", NORM, (activation, 4, 512), floats=floats, absent=absent)
+        for activation in GATES:
+            yield make("gate_kernel", {}, (activation, 4, 512), floats=floats)
+        for half in (16, 32, 64):
+            yield make("rotate_kernel", ROTATION, (half, half, 4, 4), floats=floats, absent=("places_ptr",))
 
 
 def _packing() -> Iterator[Variant]:
@@ -220,6 +235,8 @@ def _attention(of_class: int) -> Iterator[Variant]:
                 yield make("attention_kernel", BIASED, constants, warps, stages, floats, absent=NO_BIAS)
                 if head_dim == 64 and heads == 1 and kind != "short":
                     yield make("attention_kernel", BIASED, constants, warps, stages, floats)
+                    windowed = (head_dim, head_dim, m, n, heads, WINDOW, "ieee")
+                    yield make("attention_kernel", BIASED, windowed, warps, stages, floats, absent=NO_BIAS)
 
 
 def _linear(of_class: int) -> Iterator[Variant]:

@@ -1,5 +1,5 @@
-// What is added to the scores of attention before their row maxima are taken. With terms, scores in memory are in units of
-// log2 already, scale included: whatever its sign, and 0 too, softmax goes on with a factor of 1.
+// What is added to the scores of attention before their row maxima are taken. With terms, scores in memory are in units
+// of log2 already, scale included: whatever its sign, and 0 too, softmax goes on with a factor of 1.
 #pragma once
 
 #include "vec.h"
@@ -15,12 +15,12 @@ template <typename T> struct Item {
   T *out;
   int64_t rows, keys;
   int64_t note_rows;
-  int64_t head, first_row;                // of the queries, in their note
-  const int32_t *q_places, *k_places;     // of the item's rows and keys; null where they are ranks
+  int64_t head, first_row;             // of the queries, in their note
+  const int32_t *q_places, *k_places;  // of the item's rows and keys; null where they are ranks
 };
 
-// Plain attention: nothing is added, and scores in memory keep their scale. This is what a kind of terms has: a block of
-// keys is begun before its panels, for which `of_panel` gives what is called on each vector of scores.
+// Plain attention: nothing is added, and scores in memory keep their scale. This is what a kind of terms has: a block
+// of keys is begun before its panels, for which `of_panel` gives what is called on each vector of scores.
 struct NoTerms {
   static constexpr bool kScaled = false;  // whether scores in memory are in units of log2
   NoTerms(const AttentionArgs &, float *, float *, int64_t) {}
@@ -32,7 +32,7 @@ struct NoTerms {
   Nothing of_panel(int64_t, int64_t, int64_t, int64_t) const { return {}; }
 };
 
-// score * slope + at[row * stride + key], for the rows of a panel and the keys of a block. `at` can be read in whole vectors.
+// score * slope + at[row * stride + key], for the rows of a panel and the keys of a block; `at` is read in whole vectors.
 struct AddedTerms {
   const float *at;
   int64_t stride;
@@ -42,8 +42,8 @@ struct AddedTerms {
   }
 };
 
-// bias[head, clamp(key's place - query's place)]: along a block of keys, a row of it is the row above moved by one. So it
-// is laid out once for all the item's rows, as a line; where places are not consecutive, a panel's values one by one.
+// bias[head, clamp(key's place - query's place)]: along a block of keys, a row of it is the row above moved by one. So
+// it is laid out once for all the item's rows, as a line; where places are not consecutive, a panel's values one by one.
 struct BiasTerms {
   const AttentionArgs &a;
   float *const line, *const panel;  // rows + keys + `kSpare` floats; a panel's rows of `stride`
@@ -74,7 +74,8 @@ struct BiasTerms {
     in_line = consecutive(q_places, rows) && consecutive(k_places, item.keys);
   }
 
-  // The keys [key, key + keys) of the item. line[x] belongs to the distance that is x more than that of the last row and the block's first key.
+  // The keys [key, key + keys) of the item. line[x] is of the distance that is x more than that of the item's last row
+  // and the block's first key.
   void begin_block(int64_t key, int64_t keys) {
     if (!in_line) return;
     const int64_t reach = a.bias_reach, first = key_place(key) - query_place(rows - 1), end = rows + keys + kSpare;

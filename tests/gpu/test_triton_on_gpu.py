@@ -72,6 +72,24 @@ def test_attention(dtype, head_dim, lengths):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 256])
+@pytest.mark.parametrize("places", [False, True])
+def test_attention_biased(dtype, head_dim, places):
+    from clinfast.ops import attention_biased as op
+
+    lengths = [300, 1, 65, 0, 17]
+    q, k, v = torch.randn(sum(lengths), 3, 4, head_dim, device="cuda").to(dtype).unbind(1)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to("cuda", torch.int32)
+    bias = torch.randn(4, 257, device="cuda")
+    at = torch.arange(sum(lengths), device="cuda").mul(2).int() if places else None
+    args = (cu_seqlens, cu_seqlens, None, head_dim**-0.5, bias, at, at)
+    exact, stock = op.reference(*(t.double() for t in (q, k, v)), *args), op.reference(q, k, v, *args)
+    before = registry.calls["attention_biased[triton]"]
+    within(op.attention_biased(q, k, v, *args), stock, exact)
+    assert registry.calls["attention_biased[triton]"] == before + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_first_tokens_and_used_keys(dtype):
     from clinfast.backends import torch as stock
     from clinfast.ops import attention as op

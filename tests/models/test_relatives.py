@@ -35,9 +35,9 @@ FIELDS = {
     "one-layer": {"num_hidden_layers": 1},
     "intermediate-odd": {"intermediate_size": 131},
 }
-NOT_IN_DISTILBERT = {
-    "eps": {"layer_norm_eps": 0.3},
-    "three-types": {"type_vocab_size": 3},
+NOT_EVERYWHERE = {
+    "eps": ({"layer_norm_eps": 0.3}, ("distilbert",)),
+    "three-types": ({"type_vocab_size": 3}, ("distilbert", "mpnet", "modernbert")),
 }
 OWN = {
     "roberta": {
@@ -88,9 +88,13 @@ OWN = {
     "xlm-roberta-xl": {"pad-3": {"pad_token_id": 3}},
 }
 # XLM-RoBERTa and CamemBERT share RoBERTa's reader, so their own classes are run, and the fields are RoBERTa's to vary.
-VARIED = {family: FIELDS | ({} if family == "distilbert" else NOT_IN_DISTILBERT) | own for family, own in OWN.items()}
-# Rotary embeddings turn pairs, and ModernBERT has no token types.
-del VARIED["modernbert"]["three-types"], VARIED["modernbert"]["hidden-odd"], VARIED["nomic-bert"]["hidden-odd"]
+VARIED = {
+    family: FIELDS | {name: fields for name, (fields, without) in NOT_EVERYWHERE.items() if family not in without} | own
+    for family, own in OWN.items()
+}
+# Rotary embeddings turn pairs, and some families are newer than the oldest transformers that is served.
+for family in ("modernbert", "nomic-bert"):
+    del VARIED[family]["hidden-odd"]
 VARIED = {family: fields for family, fields in VARIED.items() if family in FAMILIES}
 FIELD_CASES = [(family, head, name) for family, head in PAIRS for name in VARIED.get(family, ())]
 DTYPES = [torch.float32, torch.bfloat16]

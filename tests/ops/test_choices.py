@@ -8,8 +8,8 @@ from clinfast.backends import cuda
 from clinfast.backends.cuda import native
 from clinfast.ops import choices, registry
 
-for stem in registry.STEMS:
-    importlib.import_module(f"clinfast.ops.{stem}")
+for name in (*registry.STEMS, "attention_biased"):
+    importlib.import_module(f"clinfast.ops.{name}")
 
 CARDS = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from bert_models import Subject, ids, make, right_padded
 from engine_fakes import with_graphs
+from relatives import make as relative
 from transformers import RobertaConfig, RobertaForTokenClassification
 
 import clinfast
@@ -66,6 +67,20 @@ def test_roberta_counts_positions():
     mask = right_padded([18, 5])
     subject.check(input_ids=torch.where(mask.bool(), ids(2, 18) % 90 + 3, 1), attention_mask=mask)
     assert registry.calls["position_ids[triton]"]
+
+
+@pytest.mark.parametrize("head", ["token", "sequence"])
+def test_mpnet_counts_distances_in_columns(head):
+    """Op by op and in a graph, whose buffers hold more notes and rows than were asked for."""
+    mask = torch.tensor([[1] * 18, [1, 0] * 9, [1] * 4 + [0] * 14])
+    inputs = {"input_ids": ids(3, 18), "attention_mask": mask}
+    subject = Subject(relative("mpnet", head))
+    registry.calls.clear()
+    subject.check(**inputs)
+    assert registry.calls["attention_biased[triton]"] == 2 and not registry.calls["attention[triton]"]
+    driver, graphs = with_graphs(subject.model)
+    subject.check(**inputs)
+    assert driver.replays == 1 and not graphs.op_by_op
 
 
 def test_an_id_out_of_range_raises_before_the_gather():
