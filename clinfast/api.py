@@ -153,8 +153,8 @@ def _optimize_unit(unit: patch.Unit, options: Options) -> None:
     assert match is not None
     if options.padding == "keep" and match.encoder.has_windows and transformers_is_four():
         raise Unsupported(
-            "padding='keep' is not served with a sliding window on transformers 4, where a padded token that sees no key "
-            "attends to all; pass padding='remove'"
+            "padding='keep' is not served with a sliding window on transformers 4, where a padded token that sees no "
+            "key attends to all; pass padding='remove'"
         )
     encoder = Encoder(
         match,

@@ -96,7 +96,7 @@ class Guard:
         # A family without token types ignores them where its forward takes any argument.
         self.ignored = {"token_type_ids"} if self.takes_any and not match.encoder.type_vocab_size else set()
         self.zero_or_one = transformers_is_four()
-        # Column 0 may be padding that sees no key, which a traced call could not find out, nor transformers 4 leave alone.
+        # Column 0 may be padding that sees no key: a traced call cannot find out, and transformers 4 has it see all.
         self.compiles = not (self.zero_or_one and self.head.reads_first_token and match.encoder.has_windows)
         self.parameters = [ref.module._parameters for ref in match.parameters.values()]
         self.word = match.parameters["embedding.word.weight"].module._parameters

@@ -1,4 +1,4 @@
-"""`rotate`: rotary position embedding in place. A token's place is given, or found by bisection as its rank in its note."""
+"""`rotate`: rotary position embedding in place, by given places or by ranks in notes, which are found by bisection."""
 
 import triton
 import triton.language as tl

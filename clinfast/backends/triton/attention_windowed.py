@@ -1,4 +1,4 @@
-"""`attention_windowed` on the Triton kernels. They skip tiles of keys by rank; where places are given, PyTorch serves."""
+"""`attention_windowed` on the Triton kernels, which skip tiles of keys by rank; by given places, PyTorch serves."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from clinfast.backends.triton import attention as backend
 from clinfast.backends.triton import attention_biased as triton_biased
 from clinfast.ops import attention as op
 from clinfast.ops import attention_biased as biased
-from clinfast.ops import attention_windowed as windowed
+from clinfast.ops import attention_windowed as near
 from clinfast.ops.registry import calls
 
 
@@ -236,19 +236,19 @@ def test_fixed_tiles_give_a_note_the_same_bits_in_any_batch(dtype):
 
 
 @pytest.mark.parametrize("window", [0, 5, 70])
-def test_windowed(window, dtype):
+def test_the_op_of_windows(window, dtype):
     args = case([130, 1, 0, 70], 2, 32, dtype)
-    exact = windowed.reference(*(t.double() for t in args[:3]), *args[3:], window)
-    check(args, windowed.attention_windowed(*args, window), exact)
+    exact = near.reference(*(t.double() for t in args[:3]), *args[3:], window)
+    check(args, near.attention_windowed(*args, window), exact)
     first = case([1, 1], 2, 32, dtype, k_lengths=[130, 40], used=[100, 40])
-    exact = windowed.reference(*(t.double() for t in first[:3]), *first[3:], window)
-    check(first, windowed.attention_windowed(*first, window), exact)
+    exact = near.reference(*(t.double() for t in first[:3]), *first[3:], window)
+    check(first, near.attention_windowed(*first, window), exact)
 
 
 def test_windows_by_place_are_pytorchs(dtype):
     args = case([40, 9], 2, 32, dtype)
     places = (torch.arange(49) * 3).int()
     before = calls["attention_windowed[torch]"]
-    ours = windowed.attention_windowed(*args, 20, places, places)
+    ours = near.attention_windowed(*args, 20, places, places)
     assert calls["attention_windowed[torch]"] == before + 1
-    check(args, ours, windowed.reference(*(t.double() for t in args[:3]), *args[3:], 20, places, places))
+    check(args, ours, near.reference(*(t.double() for t in args[:3]), *args[3:], 20, places, places))
