@@ -13,6 +13,7 @@ from transformers_version import FOUR, needs_five
 
 import clinfast
 from clinfast import models
+from clinfast.engine import precision as precisions
 from clinfast.engine.spec import Unsupported
 from clinfast.ops import registry
 
@@ -218,3 +219,9 @@ def test_layers_may_come_in_any_order():
     s = Subject(make("modernbert", layer_types=kinds))
     s.check(input_ids=ids(3, 20), attention_mask=right_padded([20, 9, 1]))
     assert s.model.forward.match.encoder.windows == (4, -1, -1, 4)
+
+
+def test_fp8_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(precisions, "resolve", lambda precision, dtype, device: torch.bfloat16)
+    with pytest.raises(Unsupported, match="precision='fp8' is not served for modernbert"):
+        clinfast.optimize(make("modernbert"), precision="fp8", strict=True)
