@@ -30,8 +30,8 @@ class PackedBatch(NamedTuple):
     batch: int
     seqlen: int
     position_ids: Tensor | None = None
-    offsets: Tensor | None = None
     columns: Tensor | None = None
+    offsets: Tensor | None = None
 
     @property
     def places(self) -> Tensor:
