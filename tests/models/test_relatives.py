@@ -96,7 +96,14 @@ VARIED = {
 for family in ("modernbert", "nomic-bert"):
     del VARIED[family]["hidden-odd"]
 VARIED = {family: fields for family, fields in VARIED.items() if family in FAMILIES}
-FIELD_CASES = [(family, head, name) for family, head in PAIRS for name in VARIED.get(family, ())]
+# ModernBERT's own are the encoder's or the head's that all its classifiers share.
+SHARED_HEADS = ("token", "qa", "choice")
+FIELD_CASES = [
+    (family, head, name)
+    for family, head in PAIRS
+    for name in VARIED.get(family, ())
+    if not (family == "modernbert" and head in SHARED_HEADS and name in OWN["modernbert"])
+]
 DTYPES = [torch.float32, torch.bfloat16]
 
 _subjects = {}

@@ -69,10 +69,9 @@ def test_roberta_counts_positions():
     assert registry.calls["position_ids[triton]"]
 
 
-@pytest.mark.parametrize("head", ["token", "sequence"])
-def test_modernbert(head):
+def test_modernbert():
     """Op by op and in a graph, which knows ranks only: a mask with holes runs op by op, its windows in PyTorch."""
-    subject = Subject(relative("modernbert", head))
+    subject = Subject(relative("modernbert", "sequence", num_hidden_layers=3))
     batch, mask = ids(3, 18), right_padded([18, 5, 11])
     expected = subject.check(input_ids=batch, attention_mask=mask)
     assert ran() >= {f"{op}[triton]" for op in ("attention_windowed", "rotate", "gate", "attention")}
