@@ -32,7 +32,7 @@ class NomicBertReader(Reader):
             )
         tables = self._embeddings(model.embeddings, model.config.max_position_embeddings)
         read = [self._layer(layer, i, tables["hidden_size"], tables["eps"]) for i, layer in enumerate(layers)]
-        rotation = self._rotation(model.rotary_emb, self.at("rotary_emb"), layers[0].self_attn.head_dim)
+        rotation = self._rotation(model.rotary_emb, self.at("rotary_emb"), read[0]["head_dim"])
         self.spec = EncoderSpec(
             family=family.name,
             num_layers=len(layers),
