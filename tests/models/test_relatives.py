@@ -247,6 +247,8 @@ def test_what_only_stock_gives_is_stocks_to_the_bit(family, head):
         inputs | {"return_dict": False},
         given,
     ]
+    if FOUR and (family, head) == ("modernbert", "qa"):
+        cases = cases[:-1]  # stock asks for ids
     if head != "base":
         cases.append(inputs | labels_for(family, head, inputs))
     for case in cases:
