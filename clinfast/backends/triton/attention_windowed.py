@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from clinfast.backends.triton import attention, device
-from clinfast.backends.triton.launch import KernelUnavailable, or_torch
+from clinfast.backends.triton.launch import KernelUnavailable
 from clinfast.ops.attention_windowed import check_window
 from clinfast.triton_kernels import configs
 
@@ -15,7 +15,6 @@ def _no_places(q_places: Tensor | None, k_places: Tensor | None) -> None:
         raise KernelUnavailable("a mask has holes: the kernel's window counts ranks")
 
 
-@or_torch("attention_windowed")
 def prechecked(
     q: Tensor,
     k: Tensor,
@@ -55,7 +54,6 @@ def attention_windowed(
     return result
 
 
-@or_torch("attention_windowed")
 def fixed(
     q: Tensor,
     k: Tensor,

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from clinfast.backends.triton import checks
-from clinfast.backends.triton.launch import launch, or_torch
+from clinfast.backends.triton.launch import launch
 from clinfast.ops.gate import check
 
 ROWS, BLOCK = 4, 512
 
 
-@or_torch("gate")
 def gate(x: Tensor, activation: str) -> Tensor:
     check(x, activation)
     checks.rows("gate", "x", x)

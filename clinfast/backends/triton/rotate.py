@@ -5,13 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from clinfast.backends.triton import checks
-from clinfast.backends.triton.launch import launch, or_torch
+from clinfast.backends.triton.launch import launch
 from clinfast.ops.rotate import check, outside, ranks
 
 ROWS, HEADS = 4, 4
 
 
-@or_torch("rotate")
 def prechecked(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, places: Tensor | None = None) -> None:
     """For boundaries and places that `pack` made: their values are not looked at."""
     checks.rows("rotate", "x", x, ndim=3)
