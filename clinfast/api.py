@@ -21,7 +21,7 @@ from clinfast.engine import compiled
 from clinfast.engine.concurrency import available_cores
 from clinfast.engine.encoder import Encoder
 from clinfast.engine.spec import Request, Unsupported
-from clinfast.guard import ClinfastWarning, StrictError
+from clinfast.guard import ClinfastWarning, StrictError, transformers_is_four
 from clinfast.integrations import attention_interface
 from clinfast.ops import registry
 from clinfast.report import Info, Report, UnitReport, Verification
@@ -151,6 +151,11 @@ def _devices(units: Sequence[patch.Unit]) -> list[str]:
 def _optimize_unit(unit: patch.Unit, options: Options) -> None:
     match = unit.match
     assert match is not None
+    if options.padding == "keep" and match.encoder.has_windows and transformers_is_four():
+        raise Unsupported(
+            "padding='keep' is not served with a sliding window on transformers 4, where a padded token that sees no "
+            "key attends to all; pass padding='remove'"
+        )
     encoder = Encoder(
         match,
         precision=options.precision,

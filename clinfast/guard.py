@@ -91,11 +91,15 @@ class Guard:
         self.takes_any = len(self.names) < len(signature)
         self.inference_only = inference_only
         self.columns = match.encoder.max_seqlen
+        self.has_last_position = match.encoder.position_table
         self.head = match.head
         # A family without token types ignores them where its forward takes them.
         knows_types = self.takes_any or "token_type_ids" in self.names
         self.ignored = {"token_type_ids"} if knows_types and not match.encoder.type_vocab_size else set()
-        self.zero_or_one = match.zero_or_one or _transformers_is_four()
+        four = transformers_is_four()
+        self.zero_or_one = match.zero_or_one or four
+        # Column 0 may be padding that sees no key: a traced call cannot find out, and transformers 4 has it see all.
+        self.compiles = not (four and self.head.reads_first_token and match.encoder.has_windows)
         self.parameters = [ref.module._parameters for ref in match.parameters.values()]
         self.word = match.parameters["embedding.word.weight"].module._parameters
         self.snapshot = Snapshot(module, match)
@@ -140,7 +144,9 @@ class Guard:
         Hooks, swapped submodules and frozen parameters are looked at while tracing and taken for granted
         after, as `torch.compile` itself does with hooks.
         """
-        if module.training or torch.compiler.is_exporting() or not _settled(self, module, torch.is_grad_enabled()):
+        if not self.compiles or module.training or torch.compiler.is_exporting():
+            return None
+        if not _settled(self, module, torch.is_grad_enabled()):
             return None
         device = _device(self)
         if torch.is_autocast_enabled(device.type):
@@ -216,6 +222,11 @@ class Guard:
             return _mistake(f"input_ids is not {dimensions}-D", f"input_ids has shape {shape}; {wanted} is needed")
         if not all(shape):
             return _mistake("the batch is empty", f"input_ids has shape {shape}: there is nothing to compute")
+        if shape[-1] > self.columns and not self.has_last_position:
+            return Reason(
+                "the input is longer than config.max_position_embeddings",
+                f"up to {self.columns} columns are served; truncate, or split the text",
+            )
         if shape[-1] > self.columns:
             return _mistake(
                 "the input is longer than the model's positions",
@@ -273,7 +284,7 @@ def _function_mode_matters() -> bool:
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
-def _transformers_is_four() -> bool:
+def transformers_is_four() -> bool:
     """transformers 4 takes a mask apart as 1 - mask, and 2 means masked; from 5 on, all but 0 is kept."""
     version = getattr(sys.modules.get("transformers"), "__version__", "5")
     return int(version.partition(".")[0]) < 5

@@ -11,7 +11,6 @@ from torch.nn import functional
 from clinfast import patch
 from clinfast.backends.fp8 import quantise_rows
 from clinfast.engine.encoder import Encoder
-from clinfast.engine.spec import LAYER_LINEARS
 
 
 class Fp8Linear(nn.Linear):
@@ -39,7 +38,7 @@ def rounded_stock(module: nn.Module, encoder: Encoder) -> nn.Module | None:
     for _, _, forward in patch.find_patched(module):
         for name, ref in forward.match.parameters.items():
             *_, stem, kind = name.split(".")
-            if not name.startswith("layers.") or stem not in LAYER_LINEARS or kind != "weight":
+            if not name.startswith("layers.") or stem not in forward.match.encoder.layer_linears or kind != "weight":
                 continue
             linear = stock.get_submodule(names[id(ref.module)])
             assert isinstance(linear, nn.Linear)

@@ -47,14 +47,14 @@ py::list isas() {
   return result;
 }
 
-void check_boundaries(const std::string &name, const int32_t *cu_seqlens, int64_t batch, int64_t tokens) {
+void check_boundaries(const std::string &op, const std::string &name, const int32_t *cu_seqlens, int64_t batch, int64_t tokens) {
   if (cu_seqlens[0] != 0 || cu_seqlens[batch] != tokens)
-    throw py::value_error("attention: " + name + " goes from " + std::to_string(cu_seqlens[0]) + " to " +
+    throw py::value_error(op + ": " + name + " goes from " + std::to_string(cu_seqlens[0]) + " to " +
                           std::to_string(cu_seqlens[batch]) + "; it must go from 0 to the number of rows, " +
                           std::to_string(tokens));
   for (int64_t note = 0; note < batch; note++)
     if (cu_seqlens[note + 1] < cu_seqlens[note])
-      throw py::value_error("attention: " + name + " decreases after entry " + std::to_string(note));
+      throw py::value_error(op + ": " + name + " decreases after entry " + std::to_string(note));
 }
 
 void check_used(const int32_t *seqused_k, const int32_t *cu_seqlens_k, int64_t batch) {
@@ -123,8 +123,8 @@ void attention_disentangled(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out
                            pointer<int32_t>(buckets),
                            bucket_reach,
                            position_rows};
-  check_boundaries("cu_seqlens_q", args.cu_seqlens_q, batch, q_tokens);
-  check_boundaries("cu_seqlens_k", args.cu_seqlens_k, batch, k_tokens);
+  check_boundaries("attention_disentangled", "cu_seqlens_q", args.cu_seqlens_q, batch, q_tokens);
+  check_boundaries("attention_disentangled", "cu_seqlens_k", args.cu_seqlens_k, batch, k_tokens);
   check_used(args.seqused_k, args.cu_seqlens_k, batch);
   check_buckets(args.buckets, 2 * bucket_reach + 1, position_rows);
   check_places("q_places", args.q_places, args.cu_seqlens_q, batch);
@@ -138,7 +138,7 @@ void attention_biased(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int6
                       int64_t v_head_stride, int64_t out_token_stride, int64_t out_head_stride, uintptr_t cu_seqlens_q,
                       uintptr_t cu_seqlens_k, uintptr_t seqused_k, int64_t batch, int64_t num_heads, int64_t head_dim,
                       float scale, int dtype, int num_threads, int64_t q_tokens, int64_t k_tokens, uintptr_t bias,
-                      int64_t bias_reach, uintptr_t q_places, uintptr_t k_places) {
+                      int64_t bias_reach, uintptr_t q_places, uintptr_t k_places, int64_t window) {
   const AttentionArgs args{pointer<void>(q),
                            pointer<void>(k),
                            pointer<void>(v),
@@ -163,9 +163,15 @@ void attention_biased(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int6
                            pointer<float>(bias),
                            bias_reach,
                            pointer<int32_t>(q_places),
-                           pointer<int32_t>(k_places)};
-  check_boundaries("cu_seqlens_q", args.cu_seqlens_q, batch, q_tokens);
-  check_boundaries("cu_seqlens_k", args.cu_seqlens_k, batch, k_tokens);
+                           pointer<int32_t>(k_places),
+                           nullptr,
+                           nullptr,
+                           nullptr,
+                           0,
+                           0,
+                           window};
+  check_boundaries("attention", "cu_seqlens_q", args.cu_seqlens_q, batch, q_tokens);
+  check_boundaries("attention", "cu_seqlens_k", args.cu_seqlens_k, batch, k_tokens);
   check_used(args.seqused_k, args.cu_seqlens_k, batch);
   py::gil_scoped_release release;
   kernels().attention(args);
@@ -178,7 +184,7 @@ void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t q_t
                int num_threads, int64_t q_tokens, int64_t k_tokens) {
   attention_biased(q, k, v, out, q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride,
                    v_head_stride, out_token_stride, out_head_stride, cu_seqlens_q, cu_seqlens_k, seqused_k, batch,
-                   num_heads, head_dim, scale, dtype, num_threads, q_tokens, k_tokens, 0, 0, 0, 0);
+                   num_heads, head_dim, scale, dtype, num_threads, q_tokens, k_tokens, 0, 0, 0, 0, -1);
 }
 
 void layer_norm(uintptr_t x, uintptr_t residual, uintptr_t bias, uintptr_t weight, uintptr_t shift, uintptr_t out,
@@ -262,7 +268,8 @@ void position_ids(uintptr_t input_ids, int64_t row_stride, int64_t column_stride
 
 void linear(uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residual, uintptr_t out, uintptr_t out_rows,
             int64_t out_row_count, int64_t x_stride, int64_t residual_stride, int64_t out_stride, int64_t rows,
-            int64_t in_features, int64_t out_features, int activation, int dtype, int table, int num_threads) {
+            int64_t in_features, int64_t out_features, int activation, bool gated, int dtype, int table,
+            int num_threads) {
   const int32_t *to = pointer<int32_t>(out_rows);
   for (int64_t row = 0; to && row < rows; row++)
     if (to[row] < 0 || to[row] >= out_row_count)
@@ -270,34 +277,53 @@ void linear(uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residual, u
                             std::to_string(out_row_count) + " rows");
   const LinearArgs args{pointer<void>(x), pointer<void>(packed), pointer<float>(bias), pointer<void>(residual),
                         pointer<void>(out), to, x_stride, residual_stride, out_stride, rows, in_features, out_features,
-                        Activation(activation), DType(dtype), num_threads};
+                        Activation(activation), DType(dtype), num_threads, gated};
   py::gil_scoped_release release;
   table_of(table)->linear(args);
 }
 
 int current_table() { return table_number(&kernels()); }
 
-int64_t linear_packed_bytes(int64_t in_features, int64_t out_features, int dtype, int table) {
-  return table_of(table)->linear_packed_bytes(in_features, out_features, DType(dtype));
+int64_t linear_packed_bytes(int64_t in_features, int64_t out_features, bool gated, int dtype, int table) {
+  return table_of(table)->linear_packed_bytes(in_features, out_features, gated, DType(dtype));
 }
 
-void linear_pack(uintptr_t weight, int64_t stride, int64_t in_features, int64_t out_features, int dtype,
+void linear_pack(uintptr_t weight, int64_t stride, int64_t in_features, int64_t out_features, bool gated, int dtype,
                  uintptr_t packed, int table, int num_threads) {
   py::gil_scoped_release release;
-  table_of(table)->linear_pack(pointer<void>(weight), stride, in_features, out_features, DType(dtype),
+  table_of(table)->linear_pack(pointer<void>(weight), stride, in_features, out_features, gated, DType(dtype),
                         pointer<void>(packed), num_threads);
+}
+
+int64_t rotate(uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t cu_seqlens, uintptr_t places, int64_t token_stride,
+               int64_t head_stride, int64_t batch, int64_t tokens, int64_t num_heads, int64_t head_dim,
+               int64_t positions, int dtype, int num_threads) {
+  const RotateArgs args{pointer<void>(x), pointer<float>(cos), pointer<float>(sin), pointer<int32_t>(cu_seqlens),
+                        pointer<int32_t>(places), token_stride, head_stride, batch, tokens, num_heads, head_dim,
+                        positions, DType(dtype), num_threads};
+  if (!places) check_boundaries("rotate", "cu_seqlens", args.cu_seqlens, batch, tokens);
+  py::gil_scoped_release release;
+  return kernels().rotate(args);
+}
+
+void gate(uintptr_t x, uintptr_t out, int64_t x_stride, int64_t out_stride, int64_t rows, int64_t outputs,
+          int activation, int dtype, int num_threads) {
+  const GateArgs args{pointer<void>(x), pointer<void>(out), x_stride, out_stride, rows, outputs,
+                      Activation(activation), DType(dtype), num_threads};
+  py::gil_scoped_release release;
+  kernels().gate(args);
 }
 
 void encoder(uintptr_t layers, uintptr_t x, uintptr_t workspace, uintptr_t cu_seqlens, uintptr_t seqused_k,
              int64_t num_layers, int64_t tokens, int64_t batch, int64_t num_heads, int64_t head_dim,
              int64_t intermediate, float scale, float eps, int activation, bool pre_norm, int dtype, int table,
              int num_threads, uintptr_t bias, int64_t bias_reach, uintptr_t places, uintptr_t buckets,
-             int64_t bucket_reach, int64_t position_rows) {
+             int64_t bucket_reach, int64_t position_rows, bool gated, int64_t positions) {
   const EncoderArgs args{pointer<LayerWeights>(layers), pointer<void>(x), pointer<void>(workspace),
                          pointer<int32_t>(cu_seqlens), pointer<int32_t>(seqused_k), num_layers, tokens, batch,
                          num_heads, head_dim, intermediate, scale, eps, Activation(activation), pre_norm,
                          DType(dtype), num_threads, pointer<float>(bias), bias_reach, pointer<int32_t>(places),
-                         pointer<int32_t>(buckets), bucket_reach, position_rows};
+                         pointer<int32_t>(buckets), bucket_reach, position_rows, gated, positions};
   py::gil_scoped_release release;
   table_of(table)->encoder(args);
 }
@@ -334,6 +360,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("pack", &pack);
   m.def("position_ids", &position_ids);
   m.def("unpack", &unpack);
+  m.def("rotate", &rotate);
+  m.def("gate", &gate);
   m.def("values_unchanged", &unchanged);
 #if defined(CLINFAST_CUDA)
   add_cuda(m.def_submodule("cuda"));

@@ -10,6 +10,7 @@ from bert_models import ids, randomize, right_padded
 from torch import Tensor
 
 VOCAB = 97
+SPECIAL_IDS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
 # Class prefix, and the fields that only this family has.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta": ("Roberta", {"pad_token_id": 1, "type_vocab_size": 1}),
@@ -30,7 +31,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mpnet": ("MPNet", {}),
     "roberta-prelayernorm": ("RobertaPreLayerNorm", {"pad_token_id": 1, "type_vocab_size": 1}),
     "xlm-roberta-xl": ("XLMRobertaXL", {"pad_token_id": 1, "type_vocab_size": 1}),
+    # A global layer, then two with a window that the 24 tokens of the tests do not fit, then a global one.
+    "modernbert": ("ModernBert", {"num_hidden_layers": 4, "local_attention": 8, **SPECIAL_IDS}),
+    "nomic-bert": ("NomicBert", {}),
 }
+# Some are newer than the oldest transformers that is served.
+FAMILIES = {name: found for name, found in FAMILIES.items() if hasattr(transformers, f"{found[0]}Model")}
+# What ModernBERT calls BERT's fields.
+MODERNBERT_NAMES = {"hidden_act": "hidden_activation", "layer_norm_eps": "norm_eps"}
 HEADS = {
     "base": "Model",
     "sequence": "ForSequenceClassification",
@@ -68,10 +76,17 @@ DISTILBERT_NAMES = {
 }
 COUNTS_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm", "xlm-roberta-xl")
 # Every pair of family and head that transformers has, bert aside.
-PAIRS = [(family, head) for family in FAMILIES for head in HEADS if family in ONLY.get(head, FAMILIES)]
+PAIRS = [
+    (family, head)
+    for family in FAMILIES
+    for head in HEADS
+    if family in ONLY.get(head, FAMILIES) and hasattr(transformers, FAMILIES[family][0] + HEADS[head])
+]
 
 
 def reads_first_token(family: str, head: str) -> bool:
+    if family == "modernbert":  # whose multiple choice looks for the first real token
+        return head == "sequence"
     return head in ("sequence", "choice", "nsp") or (head == "pretraining" and family in SENTENCE_LABELS)
 
 
@@ -83,8 +98,8 @@ def make(family: str, head: str = "base", *, dtype: torch.dtype = torch.float32,
     """An eval-mode model with every parameter random; fields have BERT's names in every family."""
     torch.manual_seed(seed)
     settings = {**COMMON, **FAMILIES[family][1], **fields}
-    if family == "distilbert":
-        settings = {DISTILBERT_NAMES.get(name, name): value for name, value in settings.items()}
+    names = {"distilbert": DISTILBERT_NAMES, "modernbert": MODERNBERT_NAMES}.get(family, {})
+    settings = {names.get(name, name): value for name, value in settings.items()}
     cls = model_class(family, head)
     model = cls(cls.config_class(**settings))
     randomize(model)

@@ -57,7 +57,10 @@ def attention_calls(backend):
 def served(cls, backend):
     """Whether a model of this class is fast with this backend, in fp32 and bf16, and right."""
     fields = set(cls.config_class().to_dict()) | set(cls.config_class.attribute_map)
-    config = cls.config_class(**{name: size for name, size in SIZES.items() if name in fields})
+    sizes = {name: size for name, size in SIZES.items() if name in fields}
+    if (getattr(cls.config_class(), "pad_token_id", 0) or 0) >= sizes["vocab_size"]:
+        sizes |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
+    config = cls.config_class(**sizes)
     torch.manual_seed(0)
     stock = cls(config).eval()
     randomize(stock)

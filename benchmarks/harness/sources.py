@@ -64,6 +64,7 @@ RANDOM = {
             "position_biased_input": False, "type_vocab_size": 0, "layer_norm_eps": 1e-7,
         },
     ),
+    "modernbert-base": Random("ModernBertModel", "ModernBertConfig"),
     "distilbert-qa": Random("DistilBertForQuestionAnswering", "DistilBertConfig"),
 }
 
@@ -88,6 +89,8 @@ def save_random(name: str, folder: Path) -> None:
                 parameter.add_(0.02 * torch.randn_like(parameter))
             if path.endswith(QUERIES_AND_KEYS):
                 parameter.mul_(2)
+            elif path.endswith(".Wqkv.weight"):
+                parameter[: len(parameter) * 2 // 3].mul_(2)
     model.save_pretrained(folder)
     for file in TOKENIZER_FILES:
         shutil.copy(minilm_folder() / file, folder / file)
@@ -126,6 +129,7 @@ MODELS = {
     "distilbert-base": RELATIVE,
     "albert-base": Timed(("fp32",), tuple(CELLS)),
     "mpnet-base": Timed(PRECISIONS, tuple(CELLS)),
+    "modernbert-base": Timed(PRECISIONS, (*CELLS, "long8")),
     "megatron-bert-345m": Timed(("fp32",), tuple(CELLS)),
     "deberta-v3-base": Timed(PRECISIONS, tuple(CELLS)),
 }

@@ -27,7 +27,7 @@ def race(request: pytest.FixtureRequest, race_options: Any) -> Iterator[Race]:
     yield from open_race(request, race_options)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", (*CELLS, "long8"))
 def bench_relatives(benchmark: Any, race: Race, cell: str, race_options: Any) -> None:
     if cell not in MODELS[race.source.name].cells:
         pytest.skip(f"{race.source.name} is not timed at {cell}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clinfast.backends.torch_variants import attention_windowed, gate, rotate
 from clinfast.ops import attention_biased as biased
 from clinfast.ops.attention_disentangled import position_scores, rows_of
 from clinfast.ops.linear import activate
@@ -336,6 +337,10 @@ def implementations() -> dict[str, Callable[..., Any]]:
         "attention": attention,
         "attention_biased": attention_biased,
         "attention_disentangled": attention_disentangled,
+        "attention_windowed": attention_windowed,
+        # A note's bits do not depend on the others; the kernels leave masks with holes to it.
+        "attention_windowed.fixed": attention_windowed,
+        "gate": gate,
         "embedding": embedding,
         "gelu": gelu,
         "layer_norm": layer_norm,
@@ -345,5 +350,6 @@ def implementations() -> dict[str, Callable[..., Any]]:
         "pack.into": pack_into,
         "pooling": pooling,
         "position_ids": position_ids,
+        "rotate": rotate,
         "unpack": unpack,
     }

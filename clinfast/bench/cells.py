@@ -76,6 +76,12 @@ def ragged_lengths(
     return tuple(int(n) for n in np.random.default_rng(SEED).permutation(lengths))
 
 
+def long_lengths(notes: int, shortest: int = 512, longest: int = 4096) -> tuple[int, ...]:
+    """From `shortest` to `longest`, each the same factor longer than the one before, in shuffled order."""
+    lengths = np.rint(np.geomspace(shortest, longest, notes)).astype(int)
+    return tuple(int(n) for n in np.random.default_rng(SEED).permutation(lengths))
+
+
 def dense(batch_size: int, length: int) -> Cell:
     return Cell(f"{batch_size}x{length}", (length,) * batch_size)
 
@@ -93,14 +99,16 @@ CELLS: dict[str, Cell] = {
 
 
 def parse_cell(name: str, longest: int = LONGEST) -> Cell:
-    """A named cell, `BxL` (dense) or `raggedN`; the lengths of a ragged one are cut at `longest`."""
+    """A named cell, `BxL` (dense), `raggedN`, whose lengths are cut at `longest`, or `longN`, 512 to 4,096 tokens."""
     if name in CELLS and longest >= LONGEST:
         return CELLS[name]
     if found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name):
         return dense(int(found[1]), int(found[2]))
     if found := re.fullmatch(r"ragged([1-9]\d*)", name):
         return Cell(name, ragged_lengths(int(found[1]), longest=min(longest, LONGEST)))
-    raise ValueError(f"cell {name!r} is none of {', '.join(CELLS)}, nor of the form 4x64 or ragged8")
+    if found := re.fullmatch(r"long([1-9]\d*)", name):
+        return Cell(name, long_lengths(int(found[1])))
+    raise ValueError(f"cell {name!r} is none of {', '.join(CELLS)}, nor of the form 4x64, ragged8 or long8")
 
 
 def make_batch(cell: Cell, vocab_size: int, pad_id: int = 0) -> Batch:

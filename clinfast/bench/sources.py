@@ -8,6 +8,8 @@ from clinfast.bench import cache
 from clinfast.model_folder import ModelFolder
 
 PRECISIONS = ("fp32", "bf16")
+# Their FFN has a second product of the first one's size.
+GATED = ("modernbert", "nomic_bert")
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -17,7 +19,8 @@ class ModelSource(ModelFolder):
     def gemm_flops(self, tokens: int) -> int:
         """FLOPs of the encoder's linears (no attention scores, no pooler) over `tokens` tokens."""
         hidden, inner = self.hidden_size, self.intermediate_size
-        return 2 * tokens * self.layers * (4 * hidden * hidden + 2 * hidden * inner)
+        products = 3 if self.config.get("model_type") in GATED else 2
+        return 2 * tokens * self.layers * (4 * hidden * hidden + products * hidden * inner)
 
     @property
     def identity(self) -> str:

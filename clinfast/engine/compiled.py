@@ -62,7 +62,7 @@ def announce(encoder: Encoder) -> None:
 
 def forward(encoder: Encoder, request: Request) -> EncoderOutput | None:
     """What the patched forward calls while it is being traced; None where the model's dtype is not served."""
-    weights: list[Tensor] = [ref.module._parameters[ref.name] for ref in encoder.refs]  # type: ignore[misc]
+    weights: list[Tensor] = [ref.holder[ref.name] for ref in encoder.refs]
     if not _serves(encoder.precision, weights[0].dtype, weights[0].device.type):
         return None
     with torch.no_grad():
@@ -143,7 +143,7 @@ def _fake(
     batch, seqlen = input_ids.shape
     outputs = [like.new_empty(batch, seqlen, facts.spec.hidden_size)] if facts.head.hidden_states else []
     for branch in facts.head.branches:
-        shape = (batch,) if branch.rows == "first_token" else (batch, seqlen)
+        shape = (batch, seqlen) if branch.rows == "per_token" else (batch,)
         outputs.append(like.new_empty(*shape, branch.out_features))
     return outputs
 

@@ -140,6 +140,11 @@ class Encoder:
     def _make_executor(self, device: str) -> EagerExecutor:
         executor = NativeExecutor(self.spec, self.backend, device)
         kind = self._kind(device)
+        if kind == "fp8" and (self.spec.gated or self.spec.uses_places):
+            raise Unsupported(
+                f"precision='fp8' is not served for {self.spec.family}, whose gate, rotation or window was not proved; "
+                "pass precision='bf16'"
+            )
         try:
             if kind == "fp8":
                 executor.layer_norm = registry.implementation("layer_norm.fp8", self.backend, device)
@@ -152,6 +157,9 @@ class Encoder:
                 if self.spec.disentangled is not None:
                     name = "attention_disentangled.fixed"
                     executor.attention_disentangled = registry.implementation(name, self.backend, device)
+                if self.spec.has_windows:
+                    name = "attention_windowed.fixed"
+                    executor.attention_windowed = registry.implementation(name, self.backend, device)
                 registry.implementation("linear.prepack_fixed", self.backend, device)
         except RuntimeError:
             wanted = "precision='fp8'" if kind == "fp8" else "reproducible=True"

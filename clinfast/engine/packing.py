@@ -18,6 +18,8 @@ class PackedBatch(NamedTuple):
     lengths, or None where every packed token is real; `position_ids` [B, S] int32 where they were counted already;
     `columns` [T] int32, where each token stood in its note up to a number that all tokens of the note share, None where
     `indices` say that too.
+    `offsets` [T] int32, each token's column from its note's first real token on, None where that is its rank or nobody
+    asks.
     """
 
     cu_seqlens: Tensor
@@ -29,6 +31,7 @@ class PackedBatch(NamedTuple):
     seqlen: int
     position_ids: Tensor | None = None
     columns: Tensor | None = None
+    offsets: Tensor | None = None
 
     @property
     def places(self) -> Tensor:
@@ -53,7 +56,23 @@ def pack(
     )
     tokens, max_seqlen = check_facts(facts.tolist(), request, spec, first_token=first_token)
     kept = seqused_k if keep_padding and mask is not None else None
-    return PackedBatch(cu_seqlens, indices[:tokens], kept, tokens, max_seqlen, batch, seqlen)
+    packed = PackedBatch(cu_seqlens, indices[:tokens], kept, tokens, max_seqlen, batch, seqlen)
+    if spec.uses_places and mask is not None and tokens:
+        packed = packed._replace(offsets=offsets_of(packed))
+    return packed
+
+
+def offsets_of(batch: PackedBatch) -> Tensor | None:
+    """`PackedBatch.offsets` of a batch that has tokens."""
+    cu_seqlens = batch.cu_seqlens.long()
+    lengths = cu_seqlens.diff()
+    columns = batch.indices % batch.seqlen
+    first = columns[cu_seqlens[:-1].clamp(max=batch.tokens - 1)]
+    if batch.seqused_k is None:
+        last = columns[(cu_seqlens[1:] - 1).clamp(min=0)]
+        if not ((last - first + 1 != lengths) & (lengths > 0)).any():
+            return None
+    return columns - first.repeat_interleave(lengths)
 
 
 def check_facts(facts: list[int], request: Request, spec: EncoderSpec, *, first_token: bool) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from clinfast.engine.executors import EagerExecutor
 from clinfast.engine.outputs import lazy_zeros
 from clinfast.engine.packing import PackedBatch, pack, rows_of
-from clinfast.engine.spec import Branch, EncoderOutput, HeadSpec, Request
+from clinfast.engine.spec import FIRST_ROWS, Branch, EncoderOutput, HeadSpec, Request
 from clinfast.engine.weights import PackedDense, PackedWeights
 from clinfast.ops import registry
 
@@ -87,10 +87,13 @@ def compute(
         first = x
         if column_zero:
             first = _unpack(executor, x, batch, x.dtype)[:, 0].contiguous()
-        elif head.reads_first_token:
+        elif any(branch.rows in FIRST_ROWS for branch in head.branches):
             first = executor.first_token(x, batch)
+    rows = {"per_token": x, "first_token": first, "first_real_token": first}
+    if any(branch.rows == "mean" for branch in head.branches):
+        rows["mean"] = executor.mean(x, batch)
     results = [
-        None if is_late(branch) else _dense(executor, branch, layers, first if branch.rows == "first_token" else x)
+        None if is_late(branch) else _dense(executor, branch, layers, rows[branch.rows])
         for branch, layers in zip(head.branches, weights.branches, strict=True)
     ]
     return PackedOutput(x, tuple(results))
@@ -114,7 +117,7 @@ def spread(
     for branch, layers, y in zip(head.branches, weights.branches, packed.branches, strict=True):
         if y is None:
             results.append(_late(executor, branch, layers, x, request, batch, dtype))
-        elif branch.rows == "first_token":
+        elif branch.rows != "per_token":
             results.append(y.to(dtype, copy=copy))
         else:
             results.append(_padded(executor, branch, y, batch, dtype))
@@ -165,7 +168,7 @@ def no_tokens(
     device = request.input_ids.device
     results = []
     for branch in head.branches:
-        shape: tuple[int, ...] = (batch.batch, batch.seqlen)
+        shape: tuple[int, ...] = (batch.batch, batch.seqlen) if branch.rows == "per_token" else (batch.batch,)
         if branch.selectable and request.positions is not None:
             shape = (len(rows_of(request.positions, batch)),)
         results.append(_pads(branch, (*shape, branch.out_features), dtype, device))

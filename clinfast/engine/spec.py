@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-Activation = Literal["gelu", "gelu_tanh", "relu"]
-HeadActivation = Literal["none", "gelu", "gelu_tanh", "relu", "tanh"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+HeadActivation = Literal["none", "gelu", "gelu_tanh", "relu", "tanh", "silu"]
 
-LAYER_LINEARS = ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
+# Rows of a branch that are the first ones of packed notes.
+FIRST_ROWS = ("first_token", "first_real_token")
 LAYER_NORMS = ("attention_norm", "output_norm")
 # Columns where nothing bounds them: positions are int32, and a batch has several notes.
 ANY_LENGTH = 1 << 24
@@ -77,8 +78,16 @@ class EncoderSpec:
             a set for each layer.
         task_type_vocab_size: rows of a table whose first is added to every token's embedding; 0 where there is none.
         disentangled: what attention adds to its scores; None is plain attention.
-        positions_in_embedding: False where the embedding has no positions; `max_positions` is then 0, and no length too
-            long.
+        position_table: whether positions have embeddings. Where they have none, `max_positions` bounds them anyway, 0
+            being no bound.
+        windows: for each layer the distance up to which a token sees others, -1 for all; () where every layer sees all.
+        rotations: for each layer the number of the rotary embedding that turns its queries and keys, from 0 on; () for
+            none. Its inverse frequencies are `rotation.<number>.inverse_frequencies`.
+        gated: FFN is activation(first half) * second half of twice `intermediate_size`; with `"apart"` the halves are
+            weights of their own, `ffn_in` and `ffn_gate`.
+        packed_qkv: query, key and value are one weight, `qkv`.
+        without_bias: stems of the linears and LayerNorms that have none, `embedding.norm` and `final_norm` among them.
+        first_norm: whether the first layer has an `attention_norm`.
         relative_buckets: buckets of relative distances (`engine.relative_bias`), each with a bias for every head, which
             all layers add to their scores; 0 where there are none.
         relative_max_distance: from here on distances share the last bucket.
@@ -106,12 +115,25 @@ class EncoderSpec:
     layer_weights: tuple[int, ...] = ()
     task_type_vocab_size: int = 0
     disentangled: Disentangled | None = None
-    positions_in_embedding: bool = True
+    position_table: bool = True
+    windows: tuple[int, ...] = ()
+    rotations: tuple[int, ...] = ()
+    gated: Literal["", "packed", "apart"] = ""
+    packed_qkv: bool = False
+    without_bias: tuple[str, ...] = ()
+    first_norm: bool = True
     relative_buckets: int = 0
     relative_max_distance: int = 128
     relative_rows: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("windows", "rotations", "without_bias"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("windows", "rotations"):
+            if len(getattr(self, name)) not in (0, self.num_layers):
+                raise ValueError(f"{name} is {getattr(self, name)}; {self.num_layers} numbers are needed, or none")
+        if self.rotations and self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings turn pairs, so an even one is needed")
         object.__setattr__(self, "embedding_size", self.embedding_size or self.hidden_size)
         if self.projects_embedding is None:
             object.__setattr__(self, "projects_embedding", self.embedding_size != self.hidden_size)
@@ -139,8 +161,8 @@ class EncoderSpec:
 
     @property
     def max_seqlen(self) -> int:
-        """Columns that the position table serves."""
-        if not self.positions_in_embedding:
+        """Columns that are served."""
+        if not (self.position_table or self.max_positions):
             return ANY_LENGTH
         return self.max_positions - self.position_offset
 
@@ -149,10 +171,29 @@ class EncoderSpec:
         """Sets of layer weights; fewer than layers where layers share."""
         return max(self.layer_weights, default=-1) + 1
 
+    @property
+    def uses_places(self) -> bool:
+        """Whether distances between a note's tokens count, beyond what the embedding adds."""
+        return bool(self.rotations) or self.has_windows
+
+    @property
+    def has_windows(self) -> bool:
+        return any(window >= 0 for window in self.windows)
+
+    def window_of(self, layer: int) -> int:
+        """-1 where the layer sees all keys."""
+        return self.windows[layer] if self.windows else -1
+
+    @property
+    def layer_linears(self) -> tuple[str, ...]:
+        queries = ("qkv",) if self.packed_qkv else ("query", "key", "value")
+        gate = ("ffn_gate",) if self.gated == "apart" else ()
+        return (*queries, "attention_output", "ffn_in", *gate, "ffn_out")
+
     def parameter_names(self) -> tuple[str, ...]:
         """Canonical names of the encoder's weights, in the order in which they are passed around."""
         names = ["embedding.word.weight"]
-        if self.positions_in_embedding:
+        if self.position_table:
             names.append("embedding.position.weight")
         if self.type_vocab_size:
             names.append("embedding.token_type.weight")
@@ -165,25 +206,38 @@ class EncoderSpec:
         if self.relative_buckets:
             names.append("relative_bias.weight")
         for i in range(self.num_weights):
-            for stem in LAYER_LINEARS + LAYER_NORMS:
-                names += [f"layers.{i}.{stem}.weight", f"layers.{i}.{stem}.bias"]
+            for stem in self.layer_linears + LAYER_NORMS:
+                if self.first_norm or (i, stem) != (0, "attention_norm"):
+                    names += [f"layers.{i}.{stem}.weight", f"layers.{i}.{stem}.bias"]
         if self.pre_norm:
             names += ["final_norm.weight", "final_norm.bias"]
         if self.disentangled is not None:
             names += self.disentangled.parameter_names(self.num_weights)
-        return tuple(names)
+        names = [name for name in names if not self._is_left_out(name)]
+        return (*names, *(f"rotation.{i}.inverse_frequencies" for i in range(max(self.rotations, default=-1) + 1)))
+
+    def _is_left_out(self, name: str) -> bool:
+        stem, _, kind = name.rpartition(".")
+        stem = stem.rpartition(".")[2] if stem.startswith("layers.") else stem
+        return kind == "bias" and stem in self.without_bias
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight by canonical name."""
         hidden, inner, width = self.hidden_size, self.intermediate_size, self.embedding_size
-        linears = dict.fromkeys((*LAYER_LINEARS, "position_key", "position_query"), (hidden, hidden))
+        square = ("query", "key", "value", "attention_output", "position_key", "position_query")
+        linears = dict.fromkeys(square, (hidden, hidden))
         linears |= {"ffn_in": (inner, hidden), "ffn_out": (hidden, inner), "projection": (hidden, width)}
+        linears |= {"qkv": (3 * hidden, hidden), "ffn_gate": (inner, hidden)}
+        if self.gated == "packed":
+            linears["ffn_in"] = (2 * inner, hidden)
         tables = {"word": self.vocab_size, "position": self.max_positions, "token_type": self.type_vocab_size}
         tables["task_type"] = self.task_type_vocab_size
         shapes: dict[str, tuple[int, ...]] = {}
         for name in self.parameter_names():
             *_, stem, kind = name.split(".")
-            if name == "relative.table.weight":
+            if kind == "inverse_frequencies":
+                shapes[name] = (self.head_dim // 2,)
+            elif name == "relative.table.weight":
                 assert self.disentangled is not None
                 shapes[name] = (2 * self.disentangled.span, hidden)
             elif stem == "relative_bias":
@@ -211,7 +265,8 @@ class EncoderSpec:
 class Dense:
     """One dense layer of a head: activation(x @ weight.T + bias), then LayerNorm where `eps` is given.
 
-    Its weights are `<name>.weight` and `<name>.bias`, and `<name>.norm.weight` and `<name>.norm.bias`.
+    Its weights are `<name>.weight` and `<name>.bias`, and `<name>.norm.weight` and `<name>.norm.bias`; the biases are
+    there where `bias` and `norm_bias` say so.
     """
 
     name: str
@@ -219,27 +274,33 @@ class Dense:
     out_features: int
     activation: HeadActivation = "none"
     eps: float | None = None
+    bias: bool = True
+    norm_bias: bool = True
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {
             f"{self.name}.weight": (self.out_features, self.in_features),
             f"{self.name}.bias": (self.out_features,),
+            f"{self.name}.norm.weight": (self.out_features,),
+            f"{self.name}.norm.bias": (self.out_features,),
         }
-        if self.eps is not None:
-            shapes |= {f"{self.name}.norm.{kind}": (self.out_features,) for kind in ("weight", "bias")}
-        return shapes
+        has_norm = self.eps is not None
+        there = (True, self.bias, has_norm, has_norm and self.norm_bias)
+        return {name: shape for (name, shape), is_there in zip(shapes.items(), there, strict=True) if is_there}
 
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """Dense layers one after the other, on every token or on each note's first one.
+    """Dense layers one after the other, on every token or on one row a note.
 
     Args:
+        rows: a note's row is column 0 (`"first_token"`), its first real token wherever that stands
+            (`"first_real_token"`), or the mean of its real tokens (`"mean"`).
         pads: what stands at padded positions of a per-token result: 0, or the dtype's minimum, which no argmax picks.
         selectable: whether a request may ask for some positions only.
     """
 
-    rows: Literal["first_token", "per_token"]
+    rows: Literal["first_token", "first_real_token", "mean", "per_token"]
     layers: tuple[Dense, ...]
     pads: Literal["zero", "min"] = "zero"
     selectable: bool = False
@@ -267,12 +328,13 @@ class HeadSpec:
 
     @property
     def reads_first_token(self) -> bool:
+        """Whether column 0 has to be real."""
         return any(branch.rows == "first_token" for branch in self.branches)
 
     @property
     def only_first_tokens(self) -> bool:
         """Then the last layer works on one row a note."""
-        return not self.hidden_states and all(branch.rows == "first_token" for branch in self.branches)
+        return not self.hidden_states and all(branch.rows in FIRST_ROWS for branch in self.branches)
 
     @property
     def selectable(self) -> bool:
@@ -301,13 +363,20 @@ class HeadSpec:
 
 
 class ParameterRef(NamedTuple):
-    """Where a live weight is found: `module._parameters[name]`, read anew at every staleness check."""
+    """Where a live weight is found: `module._parameters[name]`, or a buffer; read anew at every staleness check."""
 
     module: nn.Module
     name: str
 
+    @property
+    def holder(self) -> dict[str, Any]:
+        """The dict that has it."""
+        module = self.module
+        return module._parameters if self.name in module._parameters else module._buffers
+
     def tensor(self) -> Tensor:
-        return self.module._parameters[self.name]  # type: ignore[return-value]
+        tensor: Tensor = self.holder[self.name]
+        return tensor
 
 
 class Match(NamedTuple):

@@ -18,6 +18,7 @@ from clinfast.engine.spec import EncoderSpec, HeadSpec, ParameterRef, Unsupporte
 from clinfast.ops import registry
 from clinfast.ops.attention_disentangled import log_buckets
 from clinfast.ops.linear import PackedLinear, prepack
+from clinfast.ops.rotate import tables as rotation_tables
 
 SAMPLES_PER_TENSOR = 4
 
@@ -32,7 +33,7 @@ class PackedLayer:
     query: PackedLinear | None
     key_value: PackedLinear | None
     attention_output: PackedLinear
-    attention_norm: tuple[Tensor, Tensor]
+    attention_norm: tuple[Tensor, Tensor] | None
     ffn_in: PackedLinear
     ffn_out: PackedLinear
     output_norm: tuple[Tensor, Tensor]
@@ -50,12 +51,14 @@ class PackedDense(NamedTuple):
 class PackedWeights:
     """Everything that a forward needs, laid out for the ops.
 
-    `layers` are the whole ones, the same object where layers share; `last` is the last one where only first tokens are
-    asked of it. `fused` runs `layers` in one call, None where the backend cannot. `nbytes` counts what was copied.
+    `rotations` are each layer's tables of cos and sin [max_positions, head_dim / 2], fp32. `layers` are the whole ones,
+    the same object where layers share; `last` is the last one where only first tokens are asked of it. `fused` runs
+    `layers` in one call, None where the backend cannot. `nbytes` counts what was copied.
     """
 
     word: Tensor
     position: Tensor
+    rotations: tuple[tuple[Tensor, Tensor] | None, ...]
     token_type: Tensor | None
     embedding_norm: tuple[Tensor, Tensor] | tuple[None, None]
     embedding_projection: PackedLinear | None
@@ -91,23 +94,22 @@ def pack_weights(
     _check(spec, head, tensors)
     copied: list[int] = []
 
-    def linear(*stems: str) -> PackedLinear:
+    def linear(*stems: str, rows: slice = slice(None), gated: bool = False) -> PackedLinear:
         own = kind if kind != "fp8" or stems[0].startswith("layers.") else ""
         weights = [tensors[f"{stem}.weight"] for stem in stems]
-        biases = [tensors[f"{stem}.bias"] for stem in stems]
+        biases = [tensors[f"{stem}.bias"] for stem in stems if f"{stem}.bias" in tensors]
         weight = weights[0] if len(stems) == 1 else torch.cat([w.detach() for w in weights])
-        bias = biases[0] if len(stems) == 1 else torch.cat([b.detach() for b in biases])
-        packed = prepack(weight, bias, dtype, backend, own)
+        bias = None if not biases else biases[0] if len(stems) == 1 else torch.cat([b.detach() for b in biases])
+        packed = prepack(weight[rows], None if bias is None else bias[rows], dtype, backend, own, gated=gated)
         copied.append(packed.nbytes)
         return packed
 
     def norm(stem: str) -> tuple[Tensor, Tensor]:
-        pair = tuple(
-            tensors[f"{stem}.{name}"].detach().to(torch.float32, copy=True).contiguous()
-            for name in ("weight", "bias")
-        )
-        copied.append(sum(t.nbytes for t in pair))
-        return pair  # type: ignore[return-value]
+        weight = tensors[f"{stem}.weight"].detach().to(torch.float32, copy=True).contiguous()
+        bias = tensors.get(f"{stem}.bias")
+        shift = torch.zeros_like(weight) if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
+        copied.append(weight.nbytes + shift.nbytes)
+        return weight, shift
 
     def table(stem: str) -> Tensor:
         source = tensors[f"{stem}.weight"].detach()
@@ -116,11 +118,6 @@ def pack_weights(
         copy = source.to(torch.float32).contiguous()
         copied.append(copy.nbytes)
         return copy
-
-    def no_positions() -> Tensor:
-        """Zeros for every position, in the memory of one."""
-        word = table("embedding.word")
-        return word.new_zeros(1, word.shape[1]).expand(spec.max_seqlen, -1)
 
     def token_types() -> Tensor | None:
         if not spec.type_vocab_size:
@@ -132,6 +129,24 @@ def pack_weights(
         types = types + tensors["embedding.task_type.weight"].detach()[0].to(types.dtype)
         copied.append(types.nbytes)
         return types
+
+    def positions(word: Tensor) -> Tensor:
+        if spec.position_table:
+            return table("embedding.position")
+        # One row of zeros for every position: nothing is added, and nothing is kept.
+        return word.new_zeros(1, spec.embedding_size).expand(spec.max_seqlen, -1)
+
+    def queries_keys_values(at: str, split: bool) -> dict[str, PackedLinear | None]:
+        if not spec.packed_qkv:
+            q, k, v = (at + name for name in ("query", "key", "value"))
+            if split:
+                return {"qkv": None, "query": linear(q), "key_value": linear(k, v)}
+            return {"qkv": linear(q, k, v), "query": None, "key_value": None}
+        if split:
+            of_query, of_others = slice(spec.hidden_size), slice(spec.hidden_size, None)
+            query, key_value = linear(at + "qkv", rows=of_query), linear(at + "qkv", rows=of_others)
+            return {"qkv": None, "query": query, "key_value": key_value}
+        return {"qkv": linear(at + "qkv"), "query": None, "key_value": None}
 
     def distance_biases() -> Tensor | None:
         if not spec.relative_buckets:
@@ -146,14 +161,12 @@ def pack_weights(
 
     def layer(i: int, *, split: bool) -> PackedLayer:
         at = f"layers.{i}."
-        q, k, v = (at + name for name in ("query", "key", "value"))
+        gate = (at + "ffn_gate",) if spec.gated == "apart" else ()
         return PackedLayer(
-            qkv=None if split else linear(q, k, v),
-            query=linear(q) if split else None,
-            key_value=linear(k, v) if split else None,
+            **queries_keys_values(at, split),
             attention_output=linear(at + "attention_output"),
-            attention_norm=norm(at + "attention_norm"),
-            ffn_in=linear(at + "ffn_in"),
+            attention_norm=norm(at + "attention_norm") if i or spec.first_norm else None,
+            ffn_in=linear(at + "ffn_in", *gate, gated=bool(spec.gated)),
             ffn_out=linear(at + "ffn_out"),
             output_norm=norm(at + "output_norm"),
             position_keys=position_table(at, "key", "c2p"),
@@ -194,16 +207,20 @@ def pack_weights(
     ]
     layers = [sets[i] for i in spec.layer_weights]
     whole = layers[:-1] if prunes else layers
+    rotations = _rotations(spec, tensors)
+    copied.append(sum(t.nbytes for pair in {id(r): r for r in rotations if r is not None}.values() for t in pair))
+    word = table("embedding.word")
     return PackedWeights(
-        word=table("embedding.word"),
-        position=table("embedding.position") if spec.positions_in_embedding else no_positions(),
+        word=word,
+        position=positions(word),
+        rotations=rotations,
         token_type=token_types(),
         embedding_norm=norm("embedding.norm") if spec.embedding_norm else (None, None),
         embedding_projection=linear("embedding.projection") if spec.projects_embedding else None,
         layers=tuple(whole),
         last=layers[-1] if prunes else None,
         final_norm=norm("final_norm") if spec.pre_norm else None,
-        fused=_fuse(whole, backend, device, buckets),
+        fused=_fuse(spec, whole, rotations, backend, device, buckets),
         buckets=buckets,
         branches=tuple(
             tuple(
@@ -224,19 +241,44 @@ def _check(spec: EncoderSpec, head: HeadSpec, tensors: dict[str, Tensor]) -> Non
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected[name]:
             raise Unsupported(f"the weight {name} no longer has the shape that the model was optimized with")
+        if name.startswith("rotation."):  # stays fp32 where a model is loaded in another dtype
+            continue
         if tensor.dtype is not first.dtype or tensor.device != first.device:
             raise Unsupported(f"the weight {name} is not of the model's one dtype and device any more")
 
 
-def _fuse(layers: list[PackedLayer], backend: str, device: torch.device, buckets: Tensor | None) -> Any:
+def _rotations(spec: EncoderSpec, tensors: dict[str, Tensor]) -> tuple[tuple[Tensor, Tensor] | None, ...]:
+    """Each layer's tables; the same ones where frequencies are equal."""
+    made: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+    device = tensors["embedding.word.weight"].device
+
+    def tables(number: int) -> tuple[Tensor, Tensor]:
+        frequencies = tensors[f"rotation.{number}.inverse_frequencies"].detach().to(device)
+        for known, pair in made:
+            if torch.equal(known, frequencies):
+                return pair
+        made.append((frequencies, rotation_tables(frequencies, spec.max_positions)))
+        return made[-1][1]
+
+    return tuple(map(tables, spec.rotations)) or (None,) * spec.num_layers
+
+
+def _fuse(
+    spec: EncoderSpec,
+    layers: list[PackedLayer],
+    rotations: tuple[tuple[Tensor, Tensor] | None, ...],
+    backend: str,
+    device: torch.device,
+    buckets: Tensor | None,
+) -> Any:
     make = registry.optional("encoder_layers", backend, device.type)
     parts = [
         (layer.qkv, layer.attention_output, layer.attention_norm, layer.ffn_in, layer.ffn_out, layer.output_norm)
         for layer in layers
     ]
-    if make is None or buckets is None:
-        return None if make is None else make(parts)
-    return make(parts, [(layer.position_keys, layer.position_queries) for layer in layers], buckets)
+    windows = [spec.window_of(i) for i in range(len(layers))]
+    positions = [(layer.position_keys, layer.position_queries) for layer in layers]
+    return None if make is None else make(parts, rotations[: len(layers)], windows, positions, buckets)
 
 
 class Fingerprint:
@@ -250,7 +292,7 @@ class Fingerprint:
     __slots__ = ("dicts", "held", "names", "pointers", "samples", "versioned", "versions")
 
     def __init__(self, refs: Sequence[ParameterRef]) -> None:
-        self.dicts = [ref.module._parameters for ref in refs]
+        self.dicts = [ref.holder for ref in refs]
         self.names = [ref.name for ref in refs]
         self.held = [ref.tensor() for ref in refs]
         self.pointers = [tensor.data_ptr() for tensor in self.held]

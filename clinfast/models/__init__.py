@@ -25,6 +25,8 @@ FAMILIES = {
     "transformers.models.albert.modeling_albert": "clinfast.models.albert",
     "transformers.models.ernie.modeling_ernie": "clinfast.models.ernie",
     "transformers.models.megatron_bert.modeling_megatron_bert": "clinfast.models.megatron_bert",
+    "transformers.models.modernbert.modeling_modernbert": "clinfast.models.modernbert",
+    "transformers.models.nomic_bert.modeling_nomic_bert": "clinfast.models.nomic_bert",
     "transformers.models.mpnet.modeling_mpnet": "clinfast.models.mpnet",
     "transformers.models.roberta_prelayernorm.modeling_roberta_prelayernorm": "clinfast.models.roberta",
     "transformers.models.deberta_v2.modeling_deberta_v2": "clinfast.models.deberta_v2",

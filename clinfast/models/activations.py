@@ -18,6 +18,8 @@ MODULES: dict[str, Activation] = {
     "transformers.activations.GELUActivation": "gelu",
     "torch.nn.modules.activation.ReLU": "relu",
 }
+# Served where a reader asks for it.
+SILU = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
 FUNCTIONS: dict[Any, Activation] = {
     nn.functional.gelu: "gelu",
     nn.functional.relu: "relu",
@@ -25,8 +27,8 @@ FUNCTIONS: dict[Any, Activation] = {
 }
 
 
-def activation(module: Any, path: str) -> Activation:
-    """The activation at `path`.
+def activation(module: Any, path: str, *, silu: bool = False) -> Activation:
+    """The activation at `path`; `silu`: SiLU may stand there.
 
     Raises:
         Unsupported: one that is not served.
@@ -34,8 +36,11 @@ def activation(module: Any, path: str) -> Activation:
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if silu and name in SILU:
+        return "silu"
     if name in MODULES:
         return MODULES[name]
     if callable(module) and not isinstance(module, nn.Module) and module.__hash__ and module in FUNCTIONS:
         return FUNCTIONS[module]
-    raise Unsupported(f"{path} is {name}; hidden_act 'gelu', 'gelu_new', 'gelu_pytorch_tanh' or 'relu' is served")
+    served = "'gelu', 'gelu_new', 'gelu_pytorch_tanh'" + ", 'silu'" * silu
+    raise Unsupported(f"{path} is {name}; hidden_act {served} or 'relu' is served")

@@ -178,9 +178,7 @@ def token_classification(model: Any, family: Family) -> Match:
 def question_answering(model: Any, family: Family) -> Match:
     reader = family.base_of(model)
     spans = reader.dense("qa_outputs", model.qa_outputs, "qa_outputs", reader.spec.hidden_size)
-    if spans.out_features != 2:
-        raise Unsupported(f"qa_outputs has {spans.out_features} outputs; 2 are needed, a start and an end")
-    return reader.match(heads.question_answering(spans))
+    return reader.match(heads.question_answering(two_scores(spans, "qa_outputs")))
 
 
 def multiple_choice(model: Any, family: Family) -> Match:
@@ -189,6 +187,12 @@ def multiple_choice(model: Any, family: Family) -> Match:
     checks.exact(model.dropout, "dropout", nn.Dropout)
     scorer = reader.dense("classifier", model.classifier, "classifier", reader.spec.hidden_size)
     return reader.match(heads.multiple_choice(pooled, one_score(scorer, "classifier")))
+
+
+def two_scores(dense: Dense, path: str) -> Dense:
+    if dense.out_features != 2:
+        raise Unsupported(f"{path} has {dense.out_features} outputs; 2 are needed, a start and an end")
+    return dense
 
 
 def one_score(dense: Dense, path: str) -> Dense:

@@ -116,17 +116,26 @@ def parameter(module: nn.Module, path: str, name: str, shape: tuple[int, ...]) -
         raise Unsupported(f"{path}.{name} has shape {list(tensor.shape)}; {list(shape)} is expected")
 
 
-def linear(module: Any, path: str, inputs: int, outputs: int) -> nn.Linear:
+def has_bias(module: nn.Module) -> bool:
+    """Whether a linear or LayerNorm has one; where it is None, it was made without."""
+    return module._parameters.get("bias", module) is not None
+
+
+def linear(module: Any, path: str, inputs: int, outputs: int, *, bare: bool = False) -> nn.Linear:
+    """`bare`: it may have no bias."""
     exact(module, path, nn.Linear)
     parameter(module, path, "weight", (outputs, inputs))
-    parameter(module, path, "bias", (outputs,))
+    if not bare or has_bias(module):
+        parameter(module, path, "bias", (outputs,))
     return module  # type: ignore[no-any-return]
 
 
-def layer_norm(module: Any, path: str, size: int, eps: float | None = None) -> nn.LayerNorm:
+def layer_norm(module: Any, path: str, size: int, eps: float | None = None, *, bare: bool = False) -> nn.LayerNorm:
+    """`bare`: it may have no bias."""
     exact(module, path, nn.LayerNorm)
     parameter(module, path, "weight", (size,))
-    parameter(module, path, "bias", (size,))
+    if not bare or has_bias(module):
+        parameter(module, path, "bias", (size,))
     if eps is not None and module.eps != eps:
         raise Unsupported(f"{path}.eps is {module.eps}; {eps} is expected, as in the encoder's other LayerNorms")
     return module  # type: ignore[no-any-return]

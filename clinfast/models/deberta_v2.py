@@ -62,7 +62,7 @@ class DebertaV2Reader(bert.BertReader):
             rows[field] = self.table(f"embedding.{name}", module, at, width).shape[0] if there else 0
         eps = self.norm("embedding.norm", embeddings.LayerNorm, f"{path}.LayerNorm", width)
         self.default_ids(embeddings, path, rows["max_positions"] or embeddings.position_ids.shape[-1])
-        return {"embedding_size": width, "eps": eps, "positions_in_embedding": biased, **rows}
+        return {"embedding_size": width, "eps": eps, "position_table": biased, **rows}
 
     def _self_attention(self, attention: Any, path: str, to: str, hidden: int) -> dict[str, Any]:
         checks.named(attention, path, self.family.home, "DisentangledSelfAttention")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -50,9 +50,12 @@ def _logits_only(spec: HeadSpec, output: str, per_token: bool) -> Head:
     return Head(spec, build, ("logits",) if per_token else ())
 
 
-def sequence_classifier(*layers: Dense) -> Head:
-    """Dense layers on the first token: `logits` [B, C]."""
-    spec = HeadSpec("sequence_classification", branches=(Branch("first_token", layers),))
+NoteRows = Literal["first_token", "first_real_token", "mean"]
+
+
+def sequence_classifier(*layers: Dense, rows: NoteRows = "first_token") -> Head:
+    """Dense layers on one row a note: `logits` [B, C]."""
+    spec = HeadSpec("sequence_classification", branches=(Branch(rows, layers),))
     return _logits_only(spec, "SequenceClassifierOutput", per_token=False)
 
 
@@ -74,7 +77,7 @@ def masked_lm(*layers: Dense) -> Head:
     return _logits_only(spec, "MaskedLMOutput", per_token=True)
 
 
-def question_answering(layer: Dense) -> Head:
+def question_answering(*layers: Dense) -> Head:
     """Two scores for every token: `start_logits` and `end_logits` [B, S]."""
     make = output_class("QuestionAnsweringModelOutput")
 
@@ -82,11 +85,11 @@ def question_answering(layer: Dense) -> Head:
         start, end = output.branches[0].unbind(-1)
         return make(start_logits=start.contiguous(), end_logits=end.contiguous())
 
-    spec = HeadSpec("question_answering", branches=(Branch("per_token", (layer,), pads="min"),))
+    spec = HeadSpec("question_answering", branches=(Branch("per_token", layers, pads="min"),))
     return Head(spec, build, ("start_logits", "end_logits"))
 
 
-def multiple_choice(*layers: Dense) -> Head:
+def multiple_choice(*layers: Dense, rows: NoteRows = "first_token") -> Head:
     """One score for each text [B, C, S]: `logits` [B, C]."""
     make = output_class("MultipleChoiceModelOutput")
 
@@ -94,7 +97,7 @@ def multiple_choice(*layers: Dense) -> Head:
         assert request.num_choices is not None
         return make(logits=output.branches[0].view(-1, request.num_choices))
 
-    return Head(HeadSpec("multiple_choice", branches=(Branch("first_token", layers),), choices=True), build)
+    return Head(HeadSpec("multiple_choice", branches=(Branch(rows, layers),), choices=True), build)
 
 
 def pretraining(

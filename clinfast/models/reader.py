@@ -42,9 +42,14 @@ class Family(NamedTuple):
 
 
 class Reader:
-    """One encoder while it is read; `spec` is what came out."""
+    """One encoder while it is read; `spec` is what came out.
+
+    Attributes:
+        bare: whether linears and LayerNorms may have no bias.
+    """
 
     spec: EncoderSpec
+    bare = False
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
@@ -69,11 +74,11 @@ class Reader:
         self.constants += [(owner, name) for name in names if name in owner.__dict__]
 
     def linear(self, canonical: str, module: Any, path: str, inputs: int, outputs: int) -> None:
-        self._add(canonical, checks.linear(module, path, inputs, outputs))
+        self._add(canonical, checks.linear(module, path, inputs, outputs, bare=self.bare))
 
     def norm(self, canonical: str, module: Any, path: str, size: int, eps: float | None = None) -> float:
         """Its epsilon."""
-        norm = checks.layer_norm(module, path, size, eps)
+        norm = checks.layer_norm(module, path, size, eps, bare=self.bare)
         self._add(canonical, norm)
         self.constant(norm, "eps")
         return norm.eps
@@ -83,9 +88,9 @@ class Reader:
         self._add(canonical, table, bias=False)
         return table.weight
 
-    def activation(self, owner: nn.Module, path: str, name: str) -> Activation:
+    def activation(self, owner: nn.Module, path: str, name: str, *, silu: bool = False) -> Activation:
         self.constant(owner, name)
-        return activation(getattr(owner, name), f"{path}.{name}")
+        return activation(getattr(owner, name), f"{path}.{name}", silu=silu)
 
     def dense(
         self, name: str, module: Any, path: str, inputs: int, *, activation: HeadActivation = "none", norm: Any = None
@@ -95,7 +100,8 @@ class Reader:
         outputs = module.out_features
         self.linear(name, module, path, inputs, outputs)
         eps = None if norm is None else self.norm(f"{name}.norm", norm[1], norm[0], outputs)
-        return Dense(name, inputs, outputs, activation, eps)
+        norm_bias = norm is None or checks.has_bias(norm[1])
+        return Dense(name, inputs, outputs, activation, eps, checks.has_bias(module), norm_bias)
 
     def tied(self, name: str, table: Any, owner: Any, path: str, inputs: int) -> Dense:
         """A decoder whose weight is the embedding `table`, and whose bias is `owner`'s."""
@@ -132,6 +138,34 @@ class Reader:
         scale = getattr(attention, "scaling", head_dim**-0.5)
         return {"num_heads": num_heads, "head_dim": head_dim, "scale": scale}
 
+    def without_bias(self, *stems: str) -> tuple[str, ...]:
+        """Those of `stems`, below the encoder or the layers read so far, that have no bias; layers must agree."""
+        bare = []
+        for stem in stems:
+            found = {
+                f"{name.removesuffix('weight')}bias" in self.parameters
+                for name in self.parameters
+                if name in (f"{stem}.weight",) or (name.startswith("layers.") and name.endswith(f".{stem}.weight"))
+            }
+            if len(found) > 1:
+                raise Unsupported(f"{stem} has a bias in some layers and none in others; all or none is served")
+            if found == {False}:
+                bare.append(stem)
+        return tuple(bare)
+
+    def rotation(self, module: Any, name: str, path: str, head_dim: int) -> int:
+        """The number of the rotary embedding whose inverse frequencies are the buffer `name` of `module`."""
+        buffer = module._buffers.get(name)
+        if buffer is None or tuple(buffer.shape) != (head_dim // 2,) or head_dim % 2:
+            raise Unsupported(f"{path}.{name} is not a buffer of {head_dim / 2:g} frequencies, one for two of head_dim")
+        ref = ParameterRef(module, name)
+        known = [key for key, other in self.parameters.items() if other == ref]
+        if not known:
+            numbers = sum(key.startswith("rotation.") for key in self.parameters)
+            known = [f"rotation.{numbers}.inverse_frequencies"]
+            self.parameters[known[0]] = ref
+        return int(known[0].split(".")[1])
+
     def _add(self, canonical: str, module: nn.Module, *, bias: bool = True) -> None:
-        for name in ("weight", "bias") if bias else ("weight",):
+        for name in ("weight", "bias") if bias and checks.has_bias(module) else ("weight",):
             self.parameters[f"{canonical}.{name}"] = ParameterRef(module, name)

@@ -62,6 +62,8 @@ TABLE: tuple[Choice, ...] = (
         "tiles", HALF,
     ),
     Choice(("attention_biased", "attention_disentangled"), "triton", "the CUDA kernels add nothing to the scores"),
+    Choice(("attention_windowed",), "triton", "the CUDA kernels have no window"),
+    Choice(("rotate", "gate"), "triton", "bound by memory; the CUDA kernels have neither"),
     Choice(("attention",), "cuda", "both are fp32 multiply-adds; ours is there without a compiler", FULL),
     Choice(
         ("pack", "pack.into", "position_ids", "unpack", "embedding", "layer_norm", "gelu", "pooling"), "cuda",

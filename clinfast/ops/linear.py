@@ -5,6 +5,7 @@ Engines do not call the op but `prepack`, which lays the weight out once for the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from clinfast.ops import registry
 
-ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "tanh")
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "tanh", "silu")
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -27,6 +28,8 @@ def activate(x: Tensor, activation: str) -> Tensor:
         return torch.relu(x)
     if activation == "tanh":
         return torch.tanh(x)
+    if activation == "silu":
+        return functional.silu(x)
     raise ValueError(f"linear: activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
 
 
@@ -92,12 +95,44 @@ class PackedLinear(Protocol):
         """
 
 
+class GatedLinear:
+    """A packed linear of 2 N outputs whose halves the op `gate` then multiplies: N outputs."""
+
+    __slots__ = ("_gate", "_whole", "dtype", "in_features", "library", "nbytes", "out_features")
+
+    def __init__(self, whole: PackedLinear, gate: Callable[[Tensor, str], Tensor]) -> None:
+        self._whole, self._gate = whole, gate
+        self.library, self.dtype, self.nbytes = whole.library, whole.dtype, whole.nbytes
+        self.in_features, self.out_features = whole.in_features, whole.out_features // 2
+
+    def __call__(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+        y = self._gate(self._whole(x), activation)
+        return y if residual is None else y + residual
+
+    def scatter(self, x: Tensor, rows: Tensor, out: Tensor) -> None:
+        out.index_copy_(0, rows.long(), self(x).to(out.dtype))
+
+
 def prepack(
-    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str = "auto", kind: str = ""
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    kind: str = "",
+    *,
+    gated: bool = False,
 ) -> PackedLinear:
     """Lay `weight` [out_features, in_features] out in `dtype` for the chosen backend. The source is copied.
 
     `kind`: `"fp8"` multiplies in e4m3, `"fixed"` in the same tiles at any number of rows; by default as is fastest.
+    `gated`: `weight` and `bias` have 2 out_features rows, and the result is activation(first half) * second half.
     """
+    device = weight.device.type
+    if gated and not kind:
+        fused = registry.optional("linear.prepack_gated", backend, device)
+        found: PackedLinear | None = None if fused is None else fused(weight, bias, dtype)
+        if found is not None:
+            return found
     name = f"linear.prepack_{kind}" if kind else "linear.prepack"
-    return registry.implementation(name, backend, weight.device.type)(weight, bias, dtype)
+    packed: PackedLinear = registry.implementation(name, backend, device)(weight, bias, dtype)
+    return GatedLinear(packed, registry.implementation("gate", backend, device)) if gated else packed

@@ -93,6 +93,8 @@ def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
         x = tl.where(x < 0.0, 0.0, x)
     elif ACTIVATION == "tanh":
         x = tanh(x)
+    elif ACTIVATION == "silu":
+        x = x / (1.0 + tl.exp2(x * -LOG2E))
     return x
 
 

@@ -32,6 +32,9 @@ PACK_REGISTERS = 255
 # More than the notes that a bucket of graphs with such a tile has room for.
 PACK_INTO_NOTES = 64
 ACTIVATIONS = ("gelu", "gelu_tanh")
+GATES = ("gelu", "silu")
+# ModernBERT's, of 128 tokens in all.
+WINDOW = 64
 # What plain attention goes without; a bias comes with places where the engine asks for it.
 NO_BIAS = ("bias_ptr", "q_places_ptr", "k_places_ptr")
 
@@ -74,6 +77,13 @@ KERNELS = {
         "x_ptr:P residual_ptr:P weight_ptr:P shift_ptr:P y_ptr:P values_ptr:P scale_ptr:p hidden:D x_row:D "
         "residual_row:D eps:f",
         "NORM ACTIVATION BLOCK",
+    ),
+    "gate_kernel": Kernel.of("gate", "x_ptr:P out_ptr:P rows:i outputs:D x_row:D out_row:D", "ACTIVATION ROWS BLOCK"),
+    "rotate_kernel": Kernel.of(
+        "rotate",
+        "x_ptr:P cos_ptr:P sin_ptr:P cu_seqlens_ptr:p places_ptr:p tokens:i batch:i positions:i heads:i x_token:D "
+        "x_head:D steps:i",
+        "HALF BLOCK ROWS HEADS",
     ),
     "pooling_kernel": Kernel.of(
         "pooling", "x_ptr:P cu_seqlens_ptr:p out_ptr:P tokens:i hidden:D x_row:D", "KIND ROWS BLOCK"
@@ -199,6 +209,7 @@ INTEGERS = dict.fromkeys(
     ("indices_ptr", "positions_ptr", "cu_seqlens_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_ptr", "bad_ptr",
      "tiles_ptr", "out_ptr", "out_ids_ptr", "out_types_ptr"), "i32",
 )  # fmt: skip
+ROTATION = {"cos_ptr": "fp32", "sin_ptr": "fp32", "cu_seqlens_ptr": "i32", "places_ptr": "i32"}
 BIASED = {"tiles_ptr": "i32", "bias_ptr": "fp32", "q_places_ptr": "i32", "k_places_ptr": "i32"}
 
 
@@ -227,6 +238,10 @@ def _rowwise(of_class: int) -> Iterator[Variant]:
         for activation in ACTIVATIONS:
             for bias in ((), ("bias_ptr",)):
                 yield make("gelu_kernel", NORM, (activation, 4, 512), floats=floats, absent=bias)
+        for activation in GATES:
+            yield make("gate_kernel", {}, (activation, 4, 512), floats=floats)
+        for half in (16, 32, 64):
+            yield make("rotate_kernel", ROTATION, (half, half, 4, 4), floats=floats, absent=("places_ptr",))
 
 
 def _quantise(of_class: int) -> Iterator[Variant]:
@@ -273,10 +288,11 @@ def _attention(of_class: int) -> Iterator[Variant]:
                 constants = (head_dim, head_dim, m, n, heads, -1, "ieee")
                 yield make("attention_kernel", BIASED, constants, warps, stages, floats, NO_BIAS, registers)
                 if head_dim == 64 and heads == 1 and kind != "short":
-                    kind = "few" if kind == "few" else "biased"
-                    m, n, warps, stages, registers = configs.biased(configs.attention(of_class, 2, 64, kind), 2, 64)
-                    constants = (head_dim, head_dim, m, n, heads, -1, "ieee")
-                    yield make("attention_kernel", BIASED, constants, warps, stages, floats, (), registers)
+                    tiles = configs.attention(of_class, 2, 64, "few" if kind == "few" else "biased")
+                    for found, absent, window in ((tiles, NO_BIAS, WINDOW), (configs.biased(tiles, 2, 64), (), -1)):
+                        m, n, warps, stages, registers = found
+                        constants = (head_dim, head_dim, m, n, heads, window, "ieee")
+                        yield make("attention_kernel", BIASED, constants, warps, stages, floats, absent, registers)
         yield disentangled_variant(64, floats)
 
 
@@ -313,13 +329,13 @@ def tabled(of_class: int) -> list[Variant]:
     for floats, itemsize in (("bf16", 2), ("fp32", 4)):
         for head_dim in (16, 32, 64, 128, 256):
             for kind, absent, window in (
-                ("long", NO_BIAS, -1), ("short", NO_BIAS, -1), ("few", NO_BIAS, -1), ("few", NO_BIAS, 64),
-                ("few", (), -1), ("biased", NO_BIAS, 64), ("biased", (), -1),
+                ("long", NO_BIAS, -1), ("short", NO_BIAS, -1), ("few", NO_BIAS, -1), ("few", NO_BIAS, WINDOW),
+                ("few", (), -1), ("biased", NO_BIAS, WINDOW), ("biased", (), -1),
             ):  # fmt: skip
-                tiles = configs.attention(of_class, itemsize, head_dim, kind)
+                attention = configs.attention(of_class, itemsize, head_dim, kind)
                 if not absent:
-                    tiles = configs.biased(tiles, itemsize, head_dim)
-                m, n, warps, stages, registers = tiles
+                    attention = configs.biased(attention, itemsize, head_dim)
+                m, n, warps, stages, registers = attention
                 constants = (head_dim, head_dim, m, n, 1, window, "ieee")
                 found.append(make("attention_kernel", BIASED, constants, warps, stages, floats, absent, registers))
     for rows in (1, 1024, 1 << 20):

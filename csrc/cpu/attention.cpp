@@ -2,8 +2,8 @@
 // Gimelshein 2018; FlashAttention, Dao et al. 2022). A work item is a range of one note's queries at one head. Keys are
 // transposed block by block into scratch that stays in L2, six rows of scores live in L1, and the products run in
 // register tiles. Blocks start at the note's first key, so a row's arithmetic is a function of its own note alone.
-#include "attention_amx.h"
 #include "attention_disentangled.h"
+#include "attention_window.h"
 
 namespace clinfast {
 namespace CLINFAST_ISA {
@@ -14,8 +14,6 @@ static constexpr int64_t kMaxRows = 768, kMinRows = 48;
 static constexpr int64_t kPackRows = 8;
 // Below this many multiply-adds (about 3 us), waking a team costs more than it gains.
 static constexpr int64_t kSerialWork = 1 << 17;
-
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct Scratch {
   float *keys, *values, *queries, *scores, *weights, *out, *maximum, *sum, *line, *terms;
@@ -74,6 +72,8 @@ template <typename T, bool Pairs, typename Terms> struct Attention {
                          reinterpret_cast<uintptr_t>(a.q) % sizeof(float) == 0),
         values_in_place(sizeof(T) == sizeof(float) && width == head_dim), terms(args, s.line, s.terms, kPanelStride) {}
 
+  int64_t block_keys() const { return halved(kBlockKeys, head_dim); }
+
   // M rows of the item from `row` on, against its keys [key, key + keys).
   template <int M> void panel(const Item<T> &item, int64_t row, int64_t key, int64_t keys) {
     const bool first = key == 0, last = key + keys == item.keys;
@@ -103,6 +103,16 @@ template <typename T, bool Pairs, typename Terms> struct Attention {
       score_tile<Pairs, M>(queries, query_stride, tile, depth, negate, tile_keys, s.scores + j, row_max, added, j);
     }
 
+    if (row == 0 && !values_in_place) pack_values<Pairs>(v, a.v_token_stride, keys, head_dim, width, s.values);
+    weigh_and_multiply<M>(item, row, v, 0, keys, keys, first, last, row_max);
+  }
+
+  // From the scores of M rows with the keys [begin, end) of a block, whose values start at `v`, to their part of the result;
+  // up to `padded` the scores are to be weighed too. `begin` is a multiple of Vec::N.
+  template <int M>
+  void weigh_and_multiply(const Item<T> &item, int64_t row, const T *v, int64_t begin, int64_t end, int64_t padded, bool first,
+                          bool last, const Vec *row_max) {
+    T *out = item.out + row * a.out_token_stride;
     float maximum[M], before[M], sum[M], rescale[M], scale[M];
     float *weights = Pairs ? s.weights : s.scores;
 #pragma GCC unroll 8
@@ -112,7 +122,9 @@ template <typename T, bool Pairs, typename Terms> struct Attention {
         before[i] = s.maximum[row + i];
         if (before[i] > maximum[i]) maximum[i] = before[i];
       }
-    weigh_rows<Pairs, M>(s.scores, weights, keys, factor, maximum, sum);
+    float subtracted[M];
+    for (int i = 0; i < M; i++) subtracted[i] = a.window < 0 ? maximum[i] : top_of_seen(maximum[i]);
+    weigh_rows<Pairs, M>(s.scores + begin, weights + begin / kElements, padded - begin, factor, subtracted, sum);
     if (!first)
       for (int i = 0; i < M; i++) {
         rescale[i] = exp2_nonpositive<Pairs>(Vec::set((before[i] - maximum[i]) * factor)).max();
@@ -125,21 +137,20 @@ template <typename T, bool Pairs, typename Terms> struct Attention {
       }
     for (int i = 0; i < M; i++) scale[i] = 1.0f / sum[i];
 
-    if (row == 0 && !values_in_place) pack_values<Pairs>(v, a.v_token_stride, keys, head_dim, width, s.values);
     const float *values = values_in_place ? reinterpret_cast<const float *>(v) : s.values;
     const int64_t value_stride = values_in_place ? a.v_token_stride : width;
-    const int64_t steps = Pairs ? (keys + 1) / 2 : keys;
+    const int64_t first_step = begin / kElements, steps = Pairs ? (end + 1) / 2 : end;
     const int64_t vecs = width / Vec::N, chunks = (vecs + kTileVecs - 1) / kTileVecs;
-    for (int64_t step = 0; step < steps; step += kValueChain) {
-      const int64_t count = smaller(steps - step, kValueChain);
-      const bool resumed = !first || step > 0, done = last && step + count == steps;
+    for (int64_t step = first_step, count; step < steps; step += count) {
+      count = smaller(steps - step, kValueChain - step % kValueChain);
+      const bool resumed = !first || step > first_step, done = last && step + count == steps;
       for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        const int64_t begin = vecs * chunk / chunks, end = vecs * (chunk + 1) / chunks;
-        with_constant<kTileVecs>(end - begin, [&](auto n) {
+        const int64_t left = vecs * chunk / chunks, right = vecs * (chunk + 1) / chunks;
+        with_constant<kTileVecs>(right - left, [&](auto n) {
           multiply_tile<Pairs, M, decltype(n)::value>(
-              weights + step, kPanelStride, values + step * value_stride + begin * Vec::N, value_stride, count,
+              weights + step, kPanelStride, values + step * value_stride + left * Vec::N, value_stride, count,
               [&](int i, int j, Vec c) {
-                const int64_t column = (begin + j) * Vec::N;
+                const int64_t column = (left + j) * Vec::N;
                 float *partial = s.out + (row + i) * width + column;
                 if (resumed) c = fma(Vec::load(partial), Vec::set(rescale[i]), c);
                 if (!done) return c.store(partial);
@@ -158,10 +169,9 @@ template <typename T, bool Pairs, typename Terms> struct Attention {
         memset(item.out + row * a.out_token_stride, 0, size_t(head_dim) * sizeof(T));
       return;
     }
-    const int64_t block_keys = halved(kBlockKeys, head_dim);
     terms.begin_item(item);
-    for (int64_t key = 0; key < item.keys; key += block_keys) {
-      const int64_t keys = smaller(item.keys - key, block_keys);
+    for (int64_t key = 0; key < item.keys; key += block_keys()) {
+      const int64_t keys = smaller(item.keys - key, block_keys());
       terms.begin_block(key, keys);
       for (int64_t row = 0; row < item.rows; row += kRows)
         with_constant<kRows>(smaller(item.rows - row, kRows),
@@ -172,9 +182,9 @@ template <typename T, bool Pairs, typename Terms> struct Attention {
 
 #if defined(CLINFAST_AMX)
 // Which of the two computes a note depends on its own queries only, as its bits must.
-template <typename Terms> struct AmxOrVector {
-  AmxAttention<Terms> amx;
-  Attention<bf16_t, true, Terms> vector;
+template <typename Amx, typename Vector> struct AmxOrVector {
+  Amx amx;
+  Vector vector;
 
   explicit AmxOrVector(const AttentionArgs &args) : amx(args, amx_scratch(args.head_dim)), vector(args) {}
 
@@ -199,9 +209,15 @@ struct Schedule {
     return n;
   }
 
+  // Keys that a row of the note meets, about.
+  int64_t met(int64_t note) const {
+    const int64_t all = keys(note);
+    return a.window < 0 ? all : smaller(all, 2 * a.window + panel_rows);
+  }
+
   Schedule(const AttentionArgs &args, int64_t rows_of_a_panel) : a(args), panel_rows(rows_of_a_panel) {
     for (int64_t note = 0; note < a.batch; note++)
-      if (rows(note)) total += (rows(note) + kPackRows) * keys(note);
+      if (rows(note)) total += rows(note) * met(note) + kPackRows * keys(note);
     if (total * a.num_heads * a.head_dim >= kSerialWork) threads = a.num_threads < 1 ? 1 : a.num_threads;
     share = total * a.num_heads / (threads * 6) + 1;
   }
@@ -211,7 +227,7 @@ struct Schedule {
     const int64_t max_rows = halved(kMaxRows, a.head_dim);
     int64_t parts = (n + max_rows - 1) / max_rows;
     if (threads > 1) {
-      const int64_t wanted = n * keys(note) / share + 1, most = n / kMinRows;
+      const int64_t wanted = n * met(note) / share + 1, most = n / kMinRows;
       if (parts < wanted) parts = wanted < most ? wanted : (most > parts ? most : parts);
     }
     return round_up((n + parts - 1) / parts, panel_rows);
@@ -234,7 +250,7 @@ template <typename T, typename Kernel> static void work(const Schedule &plan, in
       const int64_t rows = plan.rows(note), keys = plan.keys(note);
       if (rows == 0) continue;
       const int64_t step = plan.rows_per_item(note);
-      if ((step * keys > plan.share / 4) != (pass == 0)) continue;
+      if ((step * plan.met(note) > plan.share / 4) != (pass == 0)) continue;
       const int64_t end = begin + (rows + step - 1) / step * a.num_heads;
       for (; ticket < end; ticket = take(next)) {
         const int64_t head = (ticket - begin) % a.num_heads, row = (ticket - begin) / a.num_heads * step;
@@ -267,14 +283,26 @@ static constexpr bool kPairs = false;
 template <typename Full, typename Half> static void attend_with(const AttentionArgs &a) {
   if (a.dtype == DType::f32) return attend<float, Attention<float, false, Full>>(a, kRows);
 #if defined(CLINFAST_AMX)
-  attend<bf16_t, AmxOrVector<Half>>(a, kAmxGroup);
+  attend<bf16_t, AmxOrVector<AmxAttention<Half>, Attention<bf16_t, true, Half>>>(a, kAmxGroup);
 #else
   attend<bf16_t, Attention<bf16_t, kPairs, Half>>(a, kRows);
 #endif
 }
 
+template <typename T, bool Pairs> using Windowed = WindowedVector<T, Pairs, Attention<T, Pairs, WindowTerms>>;
+
+static void attend_in_window(const AttentionArgs &a) {
+  if (a.dtype == DType::f32) return attend<float, Windowed<float, false>>(a, kRows);
+#if defined(CLINFAST_AMX)
+  attend<bf16_t, AmxOrVector<WindowedAmx<AmxAttention<WindowTerms>>, Windowed<bf16_t, true>>>(a, kAmxGroup);
+#else
+  attend<bf16_t, Windowed<bf16_t, kPairs>>(a, kRows);
+#endif
+}
+
 void attention(const AttentionArgs &a) {
-  if (a.buckets) attend_with<DisentangledTerms<float, false>, DisentangledTerms<bf16_t, kPairs>>(a);
+  if (a.window >= 0) attend_in_window(a);
+  else if (a.buckets) attend_with<DisentangledTerms<float, false>, DisentangledTerms<bf16_t, kPairs>>(a);
   else if (a.bias) attend_with<BiasTerms, BiasTerms>(a);
   else attend_with<NoTerms, NoTerms>(a);
 }

@@ -58,8 +58,9 @@ template <typename Terms> struct AmxAttention {
     memset(to, 0, size_t((-rows & (kAmxGroup - 1)) * width) * 2);
   }
 
-  void pack_block(const bf16_t *k, const bf16_t *v, int64_t keys) {
-    for (int64_t key = 0; key < keys; key += kAmxGroup) {
+  // The keys [begin, keys) of a block; whole groups start at its first.
+  void pack_block(const bf16_t *k, const bf16_t *v, int64_t begin, int64_t keys) {
+    for (int64_t key = begin; key < keys; key += kAmxGroup) {
       const int64_t left = keys - key, count = left < kAmxGroup ? left : kAmxGroup;
       const bf16_t *k_group = k + key * a.k_token_stride, *v_group = v + key * a.v_token_stride;
       const int64_t coming = left - count < kAmxGroup ? left - count : kAmxGroup;
@@ -77,18 +78,21 @@ template <typename Terms> struct AmxAttention {
     amx_memory_written();
   }
 
+  // Scores of M tiles of queries with the group of keys from `key` on.
+  template <int M> void score_group(const uint16_t *q, int64_t key) {
+    const float *packed = s.keys + key * depth;
+    zero_sums<M>();
+    for (int64_t d = 0; d < depth; d += kAmxRows)
+      multiply_add_sums<M>(q + 2 * d, q + kAmxRows * width + 2 * d, width * 2, packed + d * kAmxGroup,
+                           packed + d * kAmxGroup + 16, kAmxGroup * 4);
+    store_sums<M>(s.scores + key, kPanelStride);
+  }
+
   // Scores of M tiles of queries with the block's keys, then its weights; sums and maxima of `rows` real rows.
   template <int M, typename Added>
   void weigh(const uint16_t *q, int64_t rows, int64_t keys, float *maximum, float *sum, const float *before,
              const Added &added) {
-    for (int64_t key = 0; key < keys; key += kAmxGroup) {
-      const float *packed = s.keys + key * depth;
-      zero_sums<M>();
-      for (int64_t d = 0; d < depth; d += kAmxRows)
-        multiply_add_sums<M>(q + 2 * d, q + kAmxRows * width + 2 * d, width * 2, packed + d * kAmxGroup,
-                             packed + d * kAmxGroup + 16, kAmxGroup * 4);
-      store_sums<M>(s.scores + key, kPanelStride);
-    }
+    for (int64_t key = 0; key < keys; key += kAmxGroup) score_group<M>(q, key);
     for (int64_t row = 0; row < rows; row += 4)
       with_constant<4>(rows - row < 4 ? rows - row : 4, [&](auto m) {
         constexpr int R = decltype(m)::value;
@@ -115,11 +119,11 @@ template <typename Terms> struct AmxAttention {
     amx_memory_written();
   }
 
-  // s.products [M * 16, width] = weights @ values.
-  template <int M> void multiply(int64_t keys) {
+  // s.products [M * 16, width] = weights @ values, over the keys [begin, end) of the block.
+  template <int M> void multiply(int64_t begin, int64_t end) {
     for (int64_t d = 0; d < width; d += 2 * kAmxRows) {
       zero_sums<M>();
-      for (int64_t key = 0; key < keys; key += kAmxGroup) {
+      for (int64_t key = begin; key < end; key += kAmxGroup) {
         const float *left = s.weights + key / 2, *right = s.values + key / 2 * width + d;
         multiply_add_sums<M>(left, left + kAmxRows * kPanelStride, kPanelStride * 4, right, right + 16, width * 4);
       }
@@ -135,11 +139,17 @@ template <typename Terms> struct AmxAttention {
     if (!first) memcpy(before, s.maximum + row, size_t(rows) * 4);
     if (rows > kAmxRows) {
       weigh<2>(q, rows, keys, maximum, sum, first ? nullptr : before, added);
-      multiply<2>(keys);
+      multiply<2>(0, keys);
     } else {
       weigh<1>(q, rows, keys, maximum, sum, first ? nullptr : before, added);
-      multiply<1>(keys);
+      multiply<1>(0, keys);
     }
+    finish(out, row, rows, maximum, sum, before, first, last);
+  }
+
+  // The panel's products, with what earlier blocks left.
+  void finish(bf16_t *out, int64_t row, int64_t rows, const float *maximum, float *sum, const float *before, bool first,
+              bool last) {
     for (int64_t r = 0; r < rows; r++) {
       float *partial = s.out + (row + r) * width;
       float rescale = 0.0f;
@@ -164,7 +174,7 @@ template <typename Terms> struct AmxAttention {
     terms.begin_item(item);
     for (int64_t key = 0; key < item.keys; key += kAmxKeys) {
       const int64_t count = item.keys - key < kAmxKeys ? item.keys - key : kAmxKeys;
-      pack_block(item.k + key * a.k_token_stride, item.v + key * a.v_token_stride, count);
+      pack_block(item.k + key * a.k_token_stride, item.v + key * a.v_token_stride, 0, count);
       terms.begin_block(key, count);
       for (int64_t row = 0; row < item.rows; row += kAmxGroup)
         panel(item.out, row, item.rows - row < kAmxGroup ? item.rows - row : kAmxGroup, key, count, key == 0,

@@ -4,9 +4,12 @@
 #pragma once
 
 #include "attention_terms.h"
+#include "scratch.h"
 
 namespace clinfast {
 namespace CLINFAST_ISA {
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static constexpr int kRows = 6;
 #if defined(CLINFAST_AVX512) || defined(__aarch64__)

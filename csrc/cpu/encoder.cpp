@@ -8,6 +8,7 @@ namespace CLINFAST_ISA {
 void attention(const AttentionArgs &);
 void layer_norm(const LayerNormArgs &);
 void linear(const LinearArgs &);
+int64_t rotate(const RotateArgs &);
 
 // Rows of the feed-forward part at a time: its inner activations stay in the last-level cache.
 static constexpr int64_t kSliceRows = 1024;
@@ -34,9 +35,9 @@ void encoder(const EncoderArgs &a) {
   char *inner = y + aligned(a.tokens * row);
 
   auto multiply = [&](const LinearWeights &w, const void *in, const void *residual, void *out, int64_t rows,
-                      int64_t inputs, int64_t outputs, Activation activation) {
+                      int64_t inputs, int64_t outputs, Activation activation, bool gated = false) {
     linear({in, w.packed, w.bias, residual, out, nullptr, inputs, residual ? outputs : 0, outputs, rows, inputs, outputs,
-            activation, a.dtype, a.num_threads});
+            activation, a.dtype, a.num_threads, gated});
   };
   auto normalise = [&](const NormWeights &w, const void *in, void *out, int64_t rows) {
     layer_norm({in, nullptr, nullptr, w.weight, w.shift, out, hidden, 0, hidden, rows, hidden, a.eps, a.dtype,
@@ -45,12 +46,16 @@ void encoder(const EncoderArgs &a) {
 
   for (int64_t i = 0; i < a.num_layers; i++) {
     const LayerWeights &layer = a.layers[i];
-    if (a.pre_norm) normalise(layer.attention_norm, x, y, a.tokens);
-    multiply(layer.qkv, a.pre_norm ? y : x, nullptr, qkv, a.tokens, hidden, 3 * hidden, Activation::none);
+    const bool normed = a.pre_norm && layer.attention_norm.weight;
+    if (normed) normalise(layer.attention_norm, x, y, a.tokens);
+    multiply(layer.qkv, normed ? y : x, nullptr, qkv, a.tokens, hidden, 3 * hidden, Activation::none);
+    if (layer.rotation.cos)
+      rotate({qkv, layer.rotation.cos, layer.rotation.sin, a.cu_seqlens, a.places, 3 * hidden, a.head_dim, a.batch,
+              a.tokens, 2 * a.num_heads, a.head_dim, a.positions, a.dtype, a.num_threads});
     attention({qkv, qkv + row, qkv + 2 * row, context, 3 * hidden, a.head_dim, 3 * hidden, a.head_dim, 3 * hidden,
                a.head_dim, hidden, a.head_dim, a.cu_seqlens, a.cu_seqlens, a.seqused_k, a.batch, a.num_heads,
-               a.head_dim, a.scale, a.dtype, a.num_threads, a.bias, a.bias_reach, a.places, a.places,
-               layer.position_keys, layer.position_queries, a.buckets, a.bucket_reach, a.position_rows});
+              a.head_dim, a.scale, a.dtype, a.num_threads, a.bias, a.bias_reach, a.places, a.places,
+              layer.position_keys, layer.position_queries, a.buckets, a.bucket_reach, a.position_rows, layer.window});
     multiply(layer.attention_output, context, x, y, a.tokens, hidden, hidden, Activation::none);
     if (!a.pre_norm) normalise(layer.attention_norm, y, y, a.tokens);
     // From here on y is the residual, and the rows of x are free.
@@ -58,7 +63,7 @@ void encoder(const EncoderArgs &a) {
       const int64_t rows = slice_rows(a.tokens - start);
       char *in = y + start * row, *out = x + start * row;
       if (a.pre_norm) normalise(layer.output_norm, in, out, rows);
-      multiply(layer.ffn_in, a.pre_norm ? out : in, nullptr, inner, rows, hidden, a.intermediate, a.activation);
+      multiply(layer.ffn_in, a.pre_norm ? out : in, nullptr, inner, rows, hidden, a.intermediate, a.activation, a.gated);
       multiply(layer.ffn_out, inner, in, out, rows, a.intermediate, hidden, Activation::none);
       if (!a.pre_norm) normalise(layer.output_norm, out, out, rows);
     }

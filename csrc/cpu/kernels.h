@@ -7,7 +7,7 @@ namespace clinfast {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1 };
 enum class GeluKind : int32_t { erf = 0, tanh = 1 };
-enum class Activation : int32_t { none = 0, gelu = 1, gelu_tanh = 2, relu = 3, tanh = 4 };
+enum class Activation : int32_t { none = 0, gelu = 1, gelu_tanh = 2, relu = 3, tanh = 4, silu = 5 };
 enum class PoolingKind : int32_t { first_token = 0, mean = 1, max = 2 };
 enum class MaskType : int32_t { none = 0, bytes = 1, int32 = 4, int64 = 8 };
 
@@ -18,6 +18,8 @@ enum class MaskType : int32_t { none = 0, bytes = 1, int32 = 4, int64 = 8 };
 // Where buckets [2 * bucket_reach + 1] is given, q[t, h] . position_keys[h, r] + k[s, h] . position_queries[h, r] is added before
 // the scale, r being buckets[clamp(place of t - place of s, +-bucket_reach) + bucket_reach]; each of these tables
 // [num_heads, position_rows, head_dim] may be null. Then places rise within a note, and buckets never decrease.
+// With a window, a query looks at the keys whose place is at most `window` from its own; those outside are skipped. k_places
+// then ascend over a note's used keys. A window goes with neither bias nor buckets.
 struct AttentionArgs {
   const void *q, *k, *v;
   void *out;
@@ -36,6 +38,31 @@ struct AttentionArgs {
   const void *position_keys = nullptr, *position_queries = nullptr;
   const int32_t *buckets = nullptr;
   int64_t bucket_reach = 0, position_rows = 0;
+  int64_t window = -1;
+};
+
+// Rotates the halves of each head of x [tokens, num_heads, head_dim] by its token's place p, in place: (a, b) becomes
+// (a cos[p] - b sin[p], b cos[p] + a sin[p]) with tables [positions, head_dim / 2]. `places` [tokens] are ranks in the note
+// where null; a negative one turns backwards. Returns the first token whose place is not within the tables, which is left as it was, or -1.
+struct RotateArgs {
+  void *x;
+  const float *cos, *sin;
+  const int32_t *cu_seqlens, *places;
+  int64_t token_stride, head_stride;
+  int64_t batch, tokens, num_heads, head_dim, positions;
+  DType dtype;
+  int32_t num_threads;
+};
+
+// out[r, i] = activation(x[r, i]) * x[r, outputs + i].
+struct GateArgs {
+  const void *x;
+  void *out;
+  int64_t x_stride, out_stride;
+  int64_t rows, outputs;
+  Activation activation;
+  DType dtype;
+  int32_t num_threads;
 };
 
 // out = LayerNorm(x + bias + residual) * weight + shift. bias and residual may be null.
@@ -73,6 +100,7 @@ struct EmbeddingArgs {
 
 // out = activation(x @ weight.T + bias) + residual. `packed` was written by linear_pack for the same instruction set.
 // bias and residual may be null; residual may not overlap out. out_rows may be null; else row r goes to row out_rows[r].
+// With `gated`, weights (packed so) and bias have twice out_features rows, and out = activation(first half) * second half.
 struct LinearArgs {
   const void *x, *packed;
   const float *bias;
@@ -84,6 +112,7 @@ struct LinearArgs {
   Activation activation;
   DType dtype;
   int32_t num_threads;
+  bool gated = false;
 };
 
 // out = gelu(x + bias); bias may be null.
@@ -159,12 +188,19 @@ struct LinearWeights {
 struct NormWeights {
   const float *weight, *shift;
 };
+// Tables of RotateArgs, null where nothing is rotated.
+struct RotationTables {
+  const float *cos, *sin;
+};
+// Where attention_norm is null, a pre-norm layer's attention takes its input as it is. `window` as in AttentionArgs.
 struct LayerWeights {
   LinearWeights qkv, attention_output;
   NormWeights attention_norm;
   LinearWeights ffn_in, ffn_out;
   NormWeights output_norm;
   const void *position_keys, *position_queries;
+  RotationTables rotation;
+  int64_t window;
 };
 
 // x [tokens, num_heads * head_dim], contiguous, through `num_layers` layers, in place. `workspace` has
@@ -186,6 +222,8 @@ struct EncoderArgs {
   const int32_t *places = nullptr;
   const int32_t *buckets = nullptr;
   int64_t bucket_reach = 0, position_rows = 0;
+  bool gated = false;  // ffn_in is
+  int64_t positions = 0;  // of the rotation tables
 };
 
 struct KernelTable {
@@ -195,15 +233,17 @@ struct KernelTable {
   int64_t (*embedding)(const EmbeddingArgs &);
   void (*gelu)(const GeluArgs &);
   void (*linear)(const LinearArgs &);
-  int64_t (*linear_packed_bytes)(int64_t in_features, int64_t out_features, DType dtype);
-  void (*linear_pack)(const void *weight, int64_t stride, int64_t in_features, int64_t out_features, DType dtype,
-                      void *packed, int num_threads);
+  int64_t (*linear_packed_bytes)(int64_t in_features, int64_t out_features, bool gated, DType dtype);
+  void (*linear_pack)(const void *weight, int64_t stride, int64_t in_features, int64_t out_features, bool gated,
+                      DType dtype, void *packed, int num_threads);
   void (*encoder)(const EncoderArgs &);
   int64_t (*encoder_workspace_bytes)(int64_t tokens, int64_t hidden, int64_t intermediate, DType dtype);
   int64_t (*pooling)(const PoolingArgs &);
   void (*pack)(const PackArgs &, PackResult &);
   int64_t (*unpack)(const UnpackArgs &);
   void (*position_ids)(const PositionArgs &);
+  int64_t (*rotate)(const RotateArgs &);
+  void (*gate)(const GateArgs &);
 };
 
 // Whether the `width` bytes at each address equal the `count * width` bytes at `expected`.

@@ -4,7 +4,7 @@
 // not their sum. A row's sum runs over the inputs in the same order whatever rows stand beside it.
 #include <unistd.h>
 
-#include "gelu.h"
+#include "activation.h"
 #include "linear_split.h"
 #include "linear_tile.h"
 
@@ -31,34 +31,33 @@ static Blocking blocking(int64_t input_bytes) {
   return {kMaxBlockSteps / 2, rows < 32 ? 32 : rows < kMaxBlockRows ? rows : kMaxBlockRows};
 }
 
-static inline Vec tanh_of(Vec x) {
-  // (1 - e) / (1 + e) with e = exp(-2 |x|) loses nothing where e is far from 1; near 0 the odd series is exact.
-  Vec t = abs(x), e = exp(t * Vec::set(-2.0f));
-  Vec far = (Vec::set(1.0f) - e) / (Vec::set(1.0f) + e);
-  Vec square = t * t;
-  Vec p = Vec::set(-0.0088632355f);
-  p = fma(p, square, Vec::set(0.0218694885f));
-  p = fma(p, square, Vec::set(-0.053968254f));
-  p = fma(p, square, Vec::set(0.13333333f));
-  p = fma(p, square, Vec::set(-0.33333333f));
-  Vec near = fma(p * square, t, t);
-  return copy_sign(select_less(t, Vec::set(0.3f), near, far), x);
-}
+// Outputs of a panel: where they are gated, it has the first half's and the second half's of each.
+template <typename T> static int64_t panel_outputs(bool gated) { return Layout<T>::kPanel / (gated ? 2 : 1); }
 
-// Calls f with the activation as a function of lanes.
-template <typename T, typename F> static inline void with_activation(Activation activation, F &&f) {
-  switch (activation) {
-    case Activation::gelu: return f([](Vec x) { return gelu_of<T, GeluKind::erf>(x); });
-    case Activation::gelu_tanh: return f([](Vec x) { return gelu_of<T, GeluKind::tanh>(x); });
-    case Activation::relu: return f([](Vec x) { return max(x, Vec::zero()); });
-    case Activation::tanh: return f([](Vec x) { return tanh_of(x); });
-    default: return f([](Vec x) { return x; });
-  }
+template <typename T>
+static void finish_gated_rows(const LinearArgs &a, const float *sums, int64_t row, int64_t rows, int64_t column) {
+  constexpr int64_t kPanel = Layout<T>::kPanel, kHalf = kPanel / 2;
+  const int64_t columns = a.out_features - column < kHalf ? a.out_features - column : kHalf;
+  const float *bias = a.bias ? a.bias + column : nullptr;
+  with_activation<T>(a.activation, [&](auto activate) {
+    for (int64_t r = 0; r < rows; r++) {
+      T *out = static_cast<T *>(a.out) + (row + r) * a.out_stride + column;
+      for_lanes(columns, [&](int64_t i, int n) {
+        Vec x = Vec::load(sums + r * kPanel + i, n), gate = Vec::load(sums + r * kPanel + kHalf + i, n);
+        if (bias) {
+          x = x + load(bias + i, n);
+          gate = gate + load(bias + a.out_features + i, n);
+        }
+        store(activate(x) * gate, out + i, n);
+      });
+    }
+  });
 }
 
 template <typename T>
 static void finish_rows(const LinearArgs &a, const float *sums, int64_t row, int64_t rows, int64_t column) {
   constexpr int64_t kPanel = Layout<T>::kPanel;
+  if (a.gated) return finish_gated_rows<T>(a, sums, row, rows, column);
   const int64_t columns = a.out_features - column < kPanel ? a.out_features - column : kPanel;
   with_activation<T>(a.activation, [&](auto activate) {
     for (int64_t r = 0; r < rows; r++) {
@@ -101,7 +100,7 @@ static void multiply_panel(const LinearArgs &a, int64_t block_steps, int64_t pan
       });
     }
   }
-  finish_rows<T>(a, sums, row, rows, panel * kPanel);
+  finish_rows<T>(a, sums, row, rows, panel * panel_outputs<T>(a.gated));
 }
 
 // At most `most` rows (a multiple of `tile`), whole tiles, evenly split; fewer where there are more threads than panels.
@@ -115,7 +114,7 @@ static int64_t rows_of_a_task(const LinearArgs &a, int64_t panels, int64_t most,
 template <typename T> static void linear_rows(const LinearArgs &a) {
   if (!a.rows || !a.out_features) return;
   constexpr int64_t kPanel = Layout<T>::kPanel;
-  const int64_t panels = divide_up(a.out_features, kPanel);
+  const int64_t panels = divide_up(a.out_features, panel_outputs<T>(a.gated));
   const Blocking shape = blocking(a.in_features * int64_t(sizeof(T)));
   const int64_t block = rows_of_a_task(a, panels, shape.rows / kTileRows * kTileRows, kTileRows);
   const int64_t blocks = divide_up(a.rows, block), tasks = blocks * panels;
@@ -135,7 +134,7 @@ template <typename T> static void linear_rows(const LinearArgs &a) {
 
 static void linear_rows_amx(const LinearArgs &a) {
   if (!a.rows || !a.out_features) return;
-  const int64_t panels = divide_up(a.out_features, Layout<bf16_t>::kPanel);
+  const int64_t panels = divide_up(a.out_features, panel_outputs<bf16_t>(a.gated));
   // The rows of a block are read once a panel, from the second-level cache.
   int64_t most = (1 << 20) / (a.in_features * 2) / 32 * 32;
   most = most < 64 ? 64 : most > 512 ? 512 : most;
@@ -159,7 +158,7 @@ static void linear_rows_amx(const LinearArgs &a) {
 
 static void linear_rows_split(const LinearArgs &a) {
   if (!a.rows || !a.out_features) return;
-  const int64_t panels = divide_up(a.out_features, Layout<float>::kPanel);
+  const int64_t panels = divide_up(a.out_features, panel_outputs<float>(a.gated));
   with_activation<float>(a.activation, [&](auto activate) {
     using Linear = SplitLinear<decltype(activate)>;
     const int64_t block = rows_of_a_task(a, panels, Linear::most_rows(a.in_features), 32);
@@ -176,45 +175,48 @@ static void linear_rows_split(const LinearArgs &a) {
   });
 }
 
-static void pack_split(const float *weight, int64_t stride, int64_t in_features, int64_t out_features, float *to,
-                       int num_threads) {
+static void pack_split(const float *weight, int64_t stride, int64_t in_features, int64_t out_features, bool gated,
+                       float *to, int num_threads) {
   constexpr int64_t kPanel = Layout<float>::kPanel;
-  const int64_t panels = divide_up(out_features, kPanel), steps = Layout<float>::steps(in_features) / kAmxDepth;
+  const int64_t outputs = panel_outputs<float>(gated), panels = divide_up(out_features, outputs);
+  const int64_t steps = Layout<float>::steps(in_features) / kAmxDepth;
 #pragma omp parallel for schedule(static) num_threads(num_threads)
   for (int64_t panel = 0; panel < panels; panel++)
     for (int64_t step = 0; step < steps; step++)
       for (int64_t j = 0; j < kPanel; j++)
         for (int64_t i = 0; i < kAmxDepth; i++) {
-          const int64_t row = panel * kPanel + j, column = step * kAmxDepth + i;
+          const int64_t output = panel * outputs + j % outputs, column = step * kAmxDepth + i;
+          const int64_t row = output + j / outputs * out_features;
           const int64_t word = (panel * steps + step) * kPanel + j / Vec::N * kAmxRows + i % kAmxRows;
           to[word * 2 * Vec::N + i / kAmxRows * Vec::N + j % Vec::N] =
-              row < out_features && column < in_features ? weight[row * stride + column] : 0.0f;
+              output < out_features && column < in_features ? weight[row * stride + column] : 0.0f;
         }
 }
 
 #endif
 
 template <typename T>
-static void pack_panels(const T *weight, int64_t stride, int64_t in_features, int64_t out_features, void *packed,
-                        int num_threads) {
+static void pack_panels(const T *weight, int64_t stride, int64_t in_features, int64_t out_features, bool gated,
+                        void *packed, int num_threads) {
   using L = Layout<T>;
   constexpr int64_t kPanel = L::kPanel;
-  const int64_t panels = divide_up(out_features, kPanel), steps = L::steps(in_features);
+  const int64_t outputs = panel_outputs<T>(gated), panels = divide_up(out_features, outputs), steps = L::steps(in_features);
   T *to = static_cast<T *>(packed);
 #pragma omp parallel for schedule(static) num_threads(num_threads)
   for (int64_t panel = 0; panel < panels; panel++)
     for (int64_t step = 0; step < steps; step++)
       for (int64_t j = 0; j < kPanel; j++)
         for (int64_t i = 0; i < L::kWordInputs; i++) {
-          const int64_t row = panel * kPanel + j, column = step * L::kWordInputs + i;
+          const int64_t output = panel * outputs + j % outputs, column = step * L::kWordInputs + i;
+          const int64_t row = output + j / outputs * out_features;
           to[((panel * steps + step) * kPanel + j) * L::kWordInputs + i] =
-              row < out_features && column < in_features ? weight[row * stride + column] : T(0);
+              output < out_features && column < in_features ? weight[row * stride + column] : T(0);
         }
 }
 
-template <typename T> static int64_t packed_bytes(int64_t in_features, int64_t out_features) {
+template <typename T> static int64_t packed_bytes(int64_t in_features, int64_t out_features, bool gated) {
   using L = Layout<T>;
-  return divide_up(out_features, L::kPanel) * L::kPanel * L::steps(in_features) * L::kWordInputs * int64_t(sizeof(T));
+  return divide_up(out_features, panel_outputs<T>(gated)) * L::kPanel * L::steps(in_features) * L::kWordInputs * int64_t(sizeof(T));
 }
 
 void linear(const LinearArgs &a) {
@@ -225,20 +227,20 @@ void linear(const LinearArgs &a) {
 #endif
 }
 
-int64_t linear_packed_bytes(int64_t in_features, int64_t out_features, DType dtype) {
-  if (dtype == DType::f32) return packed_bytes<float>(in_features, out_features);
-  return packed_bytes<bf16_t>(in_features, out_features);
+int64_t linear_packed_bytes(int64_t in_features, int64_t out_features, bool gated, DType dtype) {
+  if (dtype == DType::f32) return packed_bytes<float>(in_features, out_features, gated);
+  return packed_bytes<bf16_t>(in_features, out_features, gated);
 }
 
-void linear_pack(const void *weight, int64_t stride, int64_t in_features, int64_t out_features, DType dtype,
-                 void *packed, int num_threads) {
+void linear_pack(const void *weight, int64_t stride, int64_t in_features, int64_t out_features, bool gated,
+                 DType dtype, void *packed, int num_threads) {
   if (dtype == DType::bf16)
-    return pack_panels(static_cast<const bf16_t *>(weight), stride, in_features, out_features, packed, num_threads);
+    return pack_panels(static_cast<const bf16_t *>(weight), stride, in_features, out_features, gated, packed, num_threads);
   const float *values = static_cast<const float *>(weight);
 #if defined(CLINFAST_AMX)
-  pack_split(values, stride, in_features, out_features, static_cast<float *>(packed), num_threads);
+  pack_split(values, stride, in_features, out_features, gated, static_cast<float *>(packed), num_threads);
 #else
-  pack_panels(values, stride, in_features, out_features, packed, num_threads);
+  pack_panels(values, stride, in_features, out_features, gated, packed, num_threads);
 #endif
 }
 

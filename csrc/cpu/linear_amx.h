@@ -16,6 +16,7 @@ template <typename T, typename Activate> struct AmxFinish {
 
   const LinearArgs &a;
   const Activate activate;
+  const int64_t outputs = a.gated ? kPanel / 2 : kPanel;  // of a panel
   alignas(64) float sums[2][kBlockRows * kPanel];
   int turn = 0;
 
@@ -42,6 +43,10 @@ template <typename T, typename Activate> struct AmxFinish {
     const T *residual =
         a.residual ? static_cast<const T *>(a.residual) + row * a.residual_stride + pending.column : nullptr;
     const float *bias = a.bias ? a.bias + pending.column : nullptr;
+    if (a.gated) {
+      store_gated(from, bias, columns, out);
+      return;
+    }
     auto at = [&](int64_t i, int n) {
       Vec y = Vec::load(from + i);
       if (bias) y = y + load(bias + i, n);
@@ -50,6 +55,18 @@ template <typename T, typename Activate> struct AmxFinish {
     };
     if (columns >= kPanel) store_both(at(0, Vec::N), at(Vec::N, Vec::N), out);
     else for_lanes(columns, [&](int64_t i, int n) { store(at(i, n), out + i, n); });
+  }
+
+  // `columns` are the outputs from the panel's first one on, of which it has half of kPanel.
+  void store_gated(const float *from, const float *bias, int64_t columns, T *out) {
+    for_lanes(columns < outputs ? columns : outputs, [&](int64_t i, int n) {
+      Vec x = Vec::load(from + i), gate = Vec::load(from + outputs + i);
+      if (bias) {
+        x = x + load(bias + i, n);
+        gate = gate + load(bias + a.out_features + i, n);
+      }
+      store(activate(x) * gate, out + i, n);
+    });
   }
 
   void finish_some(int64_t rows) {
@@ -61,7 +78,7 @@ template <typename T, typename Activate> struct AmxFinish {
 template <typename Activate> struct AmxLinear : AmxFinish<bf16_t, Activate> {
   using Finish = AmxFinish<bf16_t, Activate>;
   using L = Layout<bf16_t>;
-  using Finish::a, Finish::kPanel, Finish::kBlockRows, Finish::sums, Finish::turn, Finish::pending;
+  using Finish::a, Finish::kPanel, Finish::kBlockRows, Finish::outputs, Finish::sums, Finish::turn, Finish::pending;
 
   const int64_t steps = L::steps(a.in_features) / kAmxRows, whole_steps = a.in_features / kAmxDepth;
   const int64_t panel_words = L::steps(a.in_features) * kPanel;
@@ -122,7 +139,7 @@ template <typename Activate> struct AmxLinear : AmxFinish<bf16_t, Activate> {
                  row,
                  row + kAmxRows,
                  end - row < kBlockRows ? end : row + kBlockRows,
-                 panel * kPanel};
+                 panel * outputs};
     }
   }
 };

@@ -75,7 +75,7 @@ struct SplitScratch {
 // Tasks are panels of blocks of rows, in that order, and a thread takes a range of them.
 template <typename Activate> struct SplitLinear : AmxFinish<float, Activate> {
   using Finish = AmxFinish<float, Activate>;
-  using Finish::a, Finish::kPanel, Finish::kBlockRows;
+  using Finish::a, Finish::kPanel, Finish::kBlockRows, Finish::outputs;
   // Words of one step's pieces: of two tiles of rows, one tile of rows, and of a panel.
   static constexpr int64_t kLeftStep = kPieces * kTileWords, kRightStep = 2 * kPieces * kTileWords;
 
@@ -86,7 +86,7 @@ template <typename Activate> struct SplitLinear : AmxFinish<float, Activate> {
   SplitLinear(const LinearArgs &args, Activate f, int64_t rows_of_a_block)
       : Finish(args, f), block(rows_of_a_block), steps((args.in_features + kAmxDepth - 1) / kAmxDepth),
         parts(split_parts(steps)), part_steps((steps + parts - 1) / parts),
-        chunk(block > kBlockRows ? part_steps : kFewRowsSteps), panels((args.out_features + kPanel - 1) / kPanel),
+        chunk(block > kBlockRows ? part_steps : kFewRowsSteps), panels((args.out_features + outputs - 1) / outputs),
         s(block / kAmxRows * part_steps * kLeftStep, chunk * kRightStep,
           parts > 1 ? block * kPanel * kSplitPanels : 0) {}
 
@@ -225,7 +225,7 @@ template <typename Activate> struct SplitLinear : AmxFinish<float, Activate> {
             if (!sums_end) continue;
             if (part > 0 && last) add(kept, to);
             else if (part > 0) add(to, kept);
-            if (last) this->pend(to, first, first + (left_rows < kBlockRows ? left_rows : kBlockRows), p * kPanel);
+            if (last) this->pend(to, first, first + (left_rows < kBlockRows ? left_rows : kBlockRows), p * outputs);
           }
         }
     }

@@ -16,6 +16,7 @@ from relatives import (
     reads_first_token,
     shaped,
 )
+from transformers_version import FOUR
 
 import clinfast
 from clinfast import models
@@ -38,7 +39,7 @@ FIELDS = {
 NO_PADDING = ("deberta-v2",)
 NOT_EVERYWHERE = {
     "eps": ({"layer_norm_eps": 0.3}, ("distilbert",)),
-    "three-types": ({"type_vocab_size": 3}, ("distilbert", "mpnet")),
+    "three-types": ({"type_vocab_size": 3}, ("distilbert", "mpnet", "modernbert")),
 }
 OWN = {
     "roberta": {
@@ -82,6 +83,23 @@ OWN = {
         "pad-3": {"pad_token_id": 3},
     },
     "roberta-prelayernorm": {"pad-3": {"pad_token_id": 3}},
+    "nomic-bert": {
+        "gelu": {"hidden_act": "gelu"},
+        "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+    },
+    "modernbert": {
+        "window-0": {"local_attention": 1},
+        "window-2": {"local_attention": 5},
+        "window-wide": {"local_attention": 128},
+        "local-only-after-first": {"global_attn_every_n_layers": 7},
+        "global-only": {"global_attn_every_n_layers": 1},
+        "thetas": {"global_rope_theta": 50.0, "local_rope_theta": 7.0},
+        "all-biases": {name: True for name in ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias")},
+        "attention-bias": {"attention_bias": True},
+        "no-decoder-bias": {"decoder_bias": False},
+        "silu": {"hidden_activation": "silu"},
+        "classifier-tanh": {"classifier_activation": "gelu_pytorch_tanh"},
+    },
     "xlm-roberta-xl": {"pad-3": {"pad_token_id": 3}},
 }
 # XLM-RoBERTa and CamemBERT share RoBERTa's reader, so their own classes are run, and the fields are RoBERTa's to vary.
@@ -89,7 +107,18 @@ VARIED = {
     family: FIELDS | {name: fields for name, (fields, without) in NOT_EVERYWHERE.items() if family not in without} | own
     for family, own in OWN.items()
 }
-FIELD_CASES = [(family, head, name) for family, head in PAIRS for name in VARIED.get(family, ())]
+# Rotary embeddings turn pairs, and some families are newer than the oldest transformers that is served.
+for family in ("modernbert", "nomic-bert"):
+    del VARIED[family]["hidden-odd"]
+VARIED = {family: fields for family, fields in VARIED.items() if family in FAMILIES}
+# ModernBERT's own are the encoder's or the head's that all its classifiers share.
+SHARED_HEADS = ("token", "qa", "choice")
+FIELD_CASES = [
+    (family, head, name)
+    for family, head in PAIRS
+    for name in VARIED.get(family, ())
+    if not (family == "modernbert" and head in SHARED_HEADS and name in OWN["modernbert"])
+]
 DTYPES = [torch.float32, torch.bfloat16]
 
 _subjects = {}
@@ -97,7 +126,7 @@ _subjects = {}
 
 def subject(family, head, fields=(), **options):
     """Built once per configuration: tests only read it."""
-    key = (family, head, tuple(dict(fields).items()), *options.items())
+    key = (family, head, repr(dict(fields)), *options.items())
     if key not in _subjects:
         dtype = options.pop("dtype", torch.float32)
         _subjects[key] = Subject(make(family, head, dtype=dtype, **dict(fields)), **options)
@@ -117,6 +146,8 @@ def test_dtype_backend_and_padding(family, head, options):
         with pytest.raises(Unsupported, match="padding='keep' is not served for " + family):
             subject(family, head, **options)
         return
+    if FOUR and family == "modernbert" and "padding" in options:
+        pytest.skip("refused: test_kept_padding_is_refused_on_transformers_4")
     s = subject(family, head, **options)
     before = dict(registry.calls)
     s.check(all_positions="padding" in options, **batch_for(s.model))
@@ -137,6 +168,8 @@ MASKS = {
 @pytest.mark.parametrize(("family", "head"), PAIRS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks(family, head, mask):
+    if (family, head, mask) == ("modernbert", "choice", "bool"):
+        pytest.skip("stock takes the argmax of the mask, which bool has not")
     s = subject(family, head)
     inputs = {"input_ids": ids(4, 20)}
     if MASKS[mask] is not None:
@@ -193,7 +226,7 @@ def test_a_note_has_the_same_bits_in_any_batch(family, head, dtype):
     assert clinfast.report(model).calls_stock == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family, head in PAIRS if head == "qa"])
 def test_no_argmax_over_a_span_head_picks_a_pad(family):
     s = subject(family, "qa")
     inputs = batch_for(s.model)
@@ -214,6 +247,8 @@ def test_what_only_stock_gives_is_stocks_to_the_bit(family, head):
         inputs | {"return_dict": False},
         given,
     ]
+    if FOUR and (family, head) == ("modernbert", "qa"):
+        cases = cases[:-1]  # stock asks for ids
     if head != "base":
         cases.append(inputs | labels_for(family, head, inputs))
     for case in cases:
@@ -247,7 +282,7 @@ def test_attentions_come_from_stock(family):
         found = s.model(**batch_for(model), output_attentions=True).attentions
     with torch.no_grad():
         expected = s.stock(**batch_for(model), output_attentions=True).attentions
-    assert len(found) == len(expected) == 2
+    assert len(found) == len(expected) == model.config.num_hidden_layers
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 MODULES = (
-    "attention", "attention_biased", "attention_disentangled", "embedding", "encoder", "gelu", "layer_norm", "linear",
-    "packing", "pooling",
+    "attention", "attention_biased", "attention_disentangled", "attention_windowed", "embedding", "encoder", "gate",
+    "gelu", "layer_norm", "linear", "packing", "pooling", "rotate",
 )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def attention_biased(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         num_heads * head_dim, head_dim, cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), native.address(seqused_k),
         len(cu_seqlens_q) - 1, num_heads, head_dim, scale, native.DTYPES[q.dtype], torch.get_num_threads(), tokens,
-        k.shape[0], bias.data_ptr(), reach, native.address(q_places), native.address(k_places),
+        k.shape[0], bias.data_ptr(), reach, native.address(q_places), native.address(k_places), -1,
     )  # fmt: skip
     return out
 

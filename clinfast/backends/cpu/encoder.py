@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,28 +24,34 @@ class EncoderLayers:
 
     Args:
         layers: for each layer `(qkv, attention_output, attention_norm, ffn_in, ffn_out, output_norm)`; linears are
-            `NativeLinear`, norms pairs of fp32 vectors (weight, shift).
-        positions: for each layer the tables `position_keys` and `position_queries` of disentangled attention.
-        buckets: what goes with them.
+            `NativeLinear`, norms pairs of fp32 vectors (weight, shift). Under pre-norm `attention_norm` may be None.
+        rotations: for each layer its tables of `rotate`, cos and sin, or None.
+        windows: for each layer the window of its attention, -1 for none.
+        positions: for each layer the tables `position_keys` and `position_queries` of disentangled attention, each of
+            which may be None.
+        buckets: what goes with them; None where attention is not disentangled.
     """
 
     def __init__(
         self,
         layers: Sequence[tuple],
-        positions: Sequence[tuple[Tensor | None, Tensor | None]] = (),
-        buckets: Tensor | None = None,
+        rotations: Sequence[tuple[Tensor, Tensor] | None],
+        windows: Sequence[int],
+        positions: Sequence[tuple[Tensor | None, Tensor | None]],
+        buckets: Tensor | None,
     ) -> None:
-        self._held = layers, positions
+        self._held = layers, rotations, positions
         self._buckets = buckets
         tables = [table for pair in positions for table in pair if table is not None]
         self._position_rows = tables[0].shape[1] if tables else 0
         first: NativeLinear = layers[0][0]
         self._code, self._table = first._code, first._table
         self._dtype = first.dtype
-        self._intermediate = layers[0][3].out_features
+        self._intermediate, self._gated = layers[0][3].out_features, layers[0][3].gated
+        self._rotation_rows = max((rotation[0].shape[0] for rotation in rotations if rotation is not None), default=0)
         rows = [
-            [address for part in (*layer, pair) for address in _addresses(part)]
-            for layer, pair in itertools.zip_longest(layers, positions, fillvalue=(None, None))
+            [*(address for part in (*layer, pair, rotation) for address in _addresses(part)), window]
+            for layer, pair, rotation, window in zip(layers, positions, rotations, windows, strict=True)
         ]
         self._addresses = torch.tensor(rows, dtype=torch.int64)
 
@@ -64,7 +69,8 @@ class EncoderLayers:
         places: Tensor | None = None,
     ) -> Tensor:
         """Overwrites and returns `x` [T, H], contiguous. `cu_seqlens` [B + 1] int32 as `pack` made it; `bias` and
-        `places` [T] as in `attention_biased`."""
+        `places` [T] as in `attention_biased`. Under a rotation, places are below the number of positions that its
+        tables have; so are ranks, which None stands for."""
         kernels = native.kernels()
         tokens, hidden = x.shape
         size = kernels.encoder_workspace_bytes(tokens, hidden, self._intermediate, self._code, self._table)
@@ -76,7 +82,8 @@ class EncoderLayers:
             self._intermediate, scale, eps, ACTIVATIONS.index(activation), pre_norm, self._code, self._table,
             torch.get_num_threads(), native.address(bias), 0 if bias is None else bias.shape[1] // 2,
             native.address(places), native.address(self._buckets),
-            0 if self._buckets is None else self._buckets.shape[0] // 2, self._position_rows,
+            0 if self._buckets is None else self._buckets.shape[0] // 2, self._position_rows, self._gated,
+            self._rotation_rows,
         )  # fmt: skip
         calls["encoder_layer[cpu]"] += num_layers
         if size <= KEPT_BYTES:
@@ -84,7 +91,9 @@ class EncoderLayers:
         return x
 
 
-def _addresses(part: NativeLinear | tuple[Tensor | None, Tensor | None]) -> tuple[int, int]:
+def _addresses(part: NativeLinear | tuple[Tensor | None, Tensor | None] | None) -> tuple[int, int]:
+    if part is None:
+        return 0, 0
     if isinstance(part, NativeLinear):
         return part.weight.data_ptr(), native.address(part.bias)
     return native.address(part[0]), native.address(part[1])
@@ -100,7 +109,7 @@ def _take_workspace(size: int) -> Tensor:
 
 def encoder_layers(layers: Sequence[tuple], *terms: Any) -> EncoderLayers | None:
     """The layers as one call, or None where a linear of theirs is not our own."""
-    linears = [part for layer in layers for part in layer if not isinstance(part, tuple)]
+    linears = [part for layer in layers for part in layer if part is not None and not isinstance(part, tuple)]
     if not linears or any(type(part) is not NativeLinear for part in linears):
         return None
     return EncoderLayers(layers, *terms)

@@ -19,6 +19,7 @@ POST_OPS = {
     "gelu_tanh": ("gelu", "tanh"),
     "relu": ("relu", ""),
     "tanh": ("tanh", ""),
+    "silu": ("swish", ""),
 }
 
 
@@ -57,29 +58,39 @@ class _Packed:
 
 
 class NativeLinear(_Packed):
-    """Our own multiplication (csrc/cpu/linear.cpp); a row's bits never depend on the rows beside it."""
+    """Our own multiplication (csrc/cpu/linear.cpp); a row's bits never depend on the rows beside it.
 
-    __slots__ = ("_code", "_table")
+    With `gated`, the weight has two rows an output, and the result is activation(first half) * second half.
+    """
+
+    __slots__ = ("_code", "_table", "gated")
 
     library = "clinfast"
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, gated: bool = False) -> None:
         kernels, code = native.kernels(), native.DTYPES[dtype]
         plain = weight.detach().to(dtype)
         plain = plain if plain.stride(1) == 1 else plain.contiguous()
-        out_features, in_features = plain.shape
+        rows, in_features = plain.shape
+        if gated and rows % 2:
+            raise ValueError(f"linear: the weight is {list(weight.shape)}; a gated one has two rows an output")
+        out_features = rows // 2 if gated else rows
+        self.gated = gated
         self._code, self._table = code, kernels.current_table()
-        size = kernels.linear_packed_bytes(in_features, out_features, code, self._table)
+        size = kernels.linear_packed_bytes(in_features, out_features, gated, code, self._table)
         self.weight = torch.empty(size, dtype=torch.uint8)
         kernels.linear_pack(
-            plain.data_ptr(), plain.stride(0), in_features, out_features, code, self.weight.data_ptr(),
+            plain.data_ptr(), plain.stride(0), in_features, out_features, gated, code, self.weight.data_ptr(),
             self._table, torch.get_num_threads(),
         )  # fmt: skip
         self.bias = None if bias is None else bias.detach().to(dtype).to(torch.float32, copy=True).contiguous()
         self._describe(plain, dtype)
+        self.out_features = out_features
 
     def __call__(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         self._check(x, activation, residual)
+        if self.gated and residual is not None:
+            raise ValueError("linear: a gated product takes no residual")
         out = torch.empty((x.shape[0], self.out_features), dtype=self.dtype)
         self._multiply(x, activation, residual, out, None)
         return out
@@ -105,7 +116,7 @@ class NativeLinear(_Packed):
             x.data_ptr(), self.weight.data_ptr(), native.address(self.bias), native.address(residual),
             out.data_ptr(), native.address(out_rows), out.shape[0], x.stride(0),
             0 if residual is None else residual.stride(0), outputs, x.shape[0], self.in_features, outputs,
-            ACTIVATIONS.index(activation), self._code, self._table, torch.get_num_threads(),
+            ACTIVATIONS.index(activation), self.gated, self._code, self._table, torch.get_num_threads(),
         )  # fmt: skip
 
 
@@ -185,4 +196,9 @@ def prepack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> NativeLi
     return library(dtype)(weight, bias, dtype)
 
 
-IMPLEMENTATIONS = {"linear": linear, "linear.prepack": prepack}
+def prepack_gated(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> NativeLinear | None:
+    """None where another library multiplies, which cannot end in a gate."""
+    return NativeLinear(weight, bias, dtype, gated=True) if library(dtype) is NativeLinear else None
+
+
+IMPLEMENTATIONS = {"linear": linear, "linear.prepack": prepack, "linear.prepack_gated": prepack_gated}

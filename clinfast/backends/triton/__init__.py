@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 MODULES = (
-    "attention", "attention_biased", "attention_disentangled", "embedding", "fp8", "gelu", "layer_norm", "linear",
-    "packing", "packing_buffers", "pooling",
+    "attention", "attention_biased", "attention_disentangled", "attention_windowed", "embedding", "fp8", "gate", "gelu",
+    "layer_norm", "linear", "packing", "packing_buffers", "pooling", "rotate",
 )  # fmt: skip
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from clinfast.backends.triton import attention, device
-from clinfast.backends.triton.launch import or_torch
 from clinfast.triton_kernels import configs
 
 
-@or_torch("attention_biased")
 def prechecked(
     q: Tensor,
     k: Tensor,
@@ -49,7 +47,6 @@ def attention_biased(
     return result
 
 
-@or_torch("attention_biased")
 def fixed(
     q: Tensor,
     k: Tensor,

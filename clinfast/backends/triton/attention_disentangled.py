@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clinfast.backends.triton import attention, checks
-from clinfast.backends.triton.launch import launch, or_torch
+from clinfast.backends.triton.launch import launch
 from clinfast.triton_kernels import configs
 
 OP = "attention_disentangled"
@@ -33,7 +33,6 @@ def _check(
     return rows
 
 
-@or_torch(OP)
 def prechecked(
     q: Tensor,
     k: Tensor,

@@ -21,7 +21,7 @@ from clinfast.engine import packing
 from clinfast.engine.buckets import Bucket, bucket
 from clinfast.engine.executors.eager import EagerExecutor
 from clinfast.engine.graph_pool import Captured, Driver, GraphPool, Lane
-from clinfast.engine.packing import PackedBatch, check_facts
+from clinfast.engine.packing import PackedBatch, check_facts, offsets_of
 from clinfast.engine.run import compute, no_tokens, spread
 from clinfast.engine.spec import EncoderOutput, HeadSpec, NotServed, Request
 from clinfast.engine.weights import PackedWeights
@@ -86,6 +86,9 @@ class GraphExecutor:
         if self.pool.off is not None:
             return None
         ids, mask, types = request[:3]
+        if self._uses_columns(request) and self.padding == "keep":
+            self._without("padding is kept, under attention that depends on distances")
+            return None
         batch, seqlen = ids.shape
         positions = batch * seqlen
         if batch == 1 or positions <= UNASKED_POSITIONS or mask is None or self.padding == "keep":
@@ -120,6 +123,10 @@ class GraphExecutor:
             finally:
                 self.pool.release(lane)
 
+    def _uses_columns(self, request: Request) -> bool:
+        """Whether distances count that need not be those of ranks; a graph knows ranks only."""
+        return self.executor.spec.uses_places and request.attention_mask is not None
+
     def _tokens(self, request: Request, settle: Callable[[], bool]) -> int:
         """How many tokens are real, which waits for the device; 0 where the weights are stale, or there are none."""
         try:
@@ -148,13 +155,16 @@ class GraphExecutor:
         real = PackedBatch(
             buffers.cu_seqlens[: batch + 1], buffers.indices[:tokens], None, tokens, longest, batch, seqlen
         )
+        if self._uses_columns(request) and tokens and offsets_of(real) is not None:
+            self._without("a mask with holes, under attention that depends on distances")
+            return None
         if not tokens:
             return no_tokens(self.executor.spec.hidden_size, self.head, real, request, dtype)
         rows = batch if self.head.only_first_tokens else tokens
         packed = captured.output._replace(
             hidden_states=captured.output.hidden_states[:rows],
             branches=tuple(
-                None if y is None else y[: batch if branch.rows == "first_token" else tokens]
+                None if y is None else y[: tokens if branch.rows == "per_token" else batch]
                 for branch, y in zip(self.head.branches, captured.output.branches, strict=True)
             ),
         )

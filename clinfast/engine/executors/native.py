@@ -16,8 +16,8 @@ class NativeExecutor(EagerExecutor):
     def _whole_layers(self, weights: PackedWeights, x: Tensor, batch: PackedBatch) -> Tensor:
         if weights.fused is None:
             return super()._whole_layers(weights, x, batch)
-        spec = self.spec
+        spec, bias = self.spec, weights.layers[0].bias
         return weights.fused.run(
             x, batch.cu_seqlens, batch.seqused_k, spec.num_heads, spec.scale, spec.eps, spec.activation, spec.pre_norm,
-            weights.layers[0].bias, batch.places,
+            bias, batch.offsets if bias is None and weights.buckets is None else batch.places,
         )  # fmt: skip

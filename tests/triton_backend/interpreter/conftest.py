@@ -30,7 +30,7 @@ if INTERPRETING:
     # A kernel that does not run is a failure, not a reason for PyTorch to serve.
     launch._try = lambda name, call: call()
     registry.BACKENDS = {
-        "triton": registry.Backend("clinfast.backends.triton", ("cpu",)),
+        "triton": registry.Backend("clinfast.backends.triton", ("cpu",), partial=True),
         "torch": registry.BACKENDS["torch"],
     }
     registry.KERNEL_DTYPES["cpu"] = registry.KERNEL_DTYPES["cuda"]

@@ -6,7 +6,9 @@ from clinfast.backends.triton import attention as backend
 from clinfast.backends.triton import attention_biased as triton_biased
 from clinfast.ops import attention as op
 from clinfast.ops import attention_biased as biased
+from clinfast.ops import attention_windowed as near
 from clinfast.ops import registry
+from clinfast.ops.registry import calls
 
 
 def check(args, ours=None, exact=None):
@@ -232,3 +234,22 @@ def test_fixed_tiles_give_a_note_the_same_bits_in_any_batch(dtype):
     used = None if used is None else used[: len(lengths)]
     alone = backend.fixed(q[:tokens], k[:tokens], v[:tokens], few, few, used, scale)
     assert torch.equal(alone, whole[:tokens])
+
+
+@pytest.mark.parametrize("window", [0, 5, 70])
+def test_the_op_of_windows(window, dtype):
+    args = case([130, 1, 0, 70], 2, 32, dtype)
+    exact = near.reference(*(t.double() for t in args[:3]), *args[3:], window)
+    check(args, near.attention_windowed(*args, window), exact)
+    first = case([1, 1], 2, 32, dtype, k_lengths=[130, 40], used=[100, 40])
+    exact = near.reference(*(t.double() for t in first[:3]), *first[3:], window)
+    check(first, near.attention_windowed(*first, window), exact)
+
+
+def test_windows_by_place_are_pytorchs(dtype):
+    args = case([40, 9], 2, 32, dtype)
+    places = (torch.arange(49) * 3).int()
+    before = calls["attention_windowed[torch]"]
+    ours = near.attention_windowed(*args, 20, places, places)
+    assert calls["attention_windowed[torch]"] == before + 1
+    check(args, ours, near.reference(*(t.double() for t in args[:3]), *args[3:], 20, places, places))

@@ -69,6 +69,31 @@ def test_roberta_counts_positions():
     assert registry.calls["position_ids[triton]"]
 
 
+def test_modernbert():
+    """Op by op and in a graph, which knows ranks only: a mask with holes runs op by op, its windows in PyTorch."""
+    subject = Subject(relative("modernbert", "sequence", num_hidden_layers=3))
+    batch, mask = ids(3, 18), right_padded([18, 5, 11])
+    expected = subject.check(input_ids=batch, attention_mask=mask)
+    assert ran() >= {f"{op}[triton]" for op in ("attention_windowed", "rotate", "gate", "attention")}
+    assert not {label for label in ran() if label.endswith("[torch]")}
+    driver, graphs = with_graphs(subject.model)
+    again = subject.check(input_ids=batch, attention_mask=mask)
+    assert driver.replays == 1 and not graphs.op_by_op
+    assert not {label for label in ran() if label.endswith("[torch]")}
+    torch.testing.assert_close(again["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
+    holes = torch.tensor([[1] * 18, [1, 0] * 9, [1] * 4 + [0] * 14])
+    subject.check(input_ids=batch, attention_mask=holes)
+    assert any("holes" in reason for reason in graphs.op_by_op)
+    assert registry.calls["attention_windowed[torch]"]
+
+
+def test_nomic_bert():
+    subject = Subject(relative("nomic-bert", "token"))
+    subject.check(input_ids=ids(3, 18), attention_mask=right_padded([18, 5, 11]))
+    assert ran() >= {"rotate[triton]", "gate[triton]"}
+    assert not {label for label in ran() if label.endswith("[torch]")}
+
+
 @pytest.mark.parametrize(
     ("family", "op"), [("mpnet", "attention_biased"), ("deberta-v2", "attention_disentangled")]
 )

@@ -2,6 +2,7 @@
 
 import pytest
 import test_embedding as embeddings
+import test_rotate as rotations
 import torch
 from helpers import SENTINEL, assert_within_budget, offset_view
 
@@ -10,7 +11,8 @@ from clinfast.backends.triton import gelu as gelu_backend
 from clinfast.backends.triton import launch
 from clinfast.backends.triton import layer_norm as norm_backend
 from clinfast.backends.triton import pooling as pooling_backend
-from clinfast.ops import embedding, gelu, layer_norm, linear, pooling, registry
+from clinfast.backends.triton import rotate as rotate_backend
+from clinfast.ops import embedding, gate, gelu, layer_norm, linear, pooling, registry, rotate
 
 
 def around(view):
@@ -219,3 +221,34 @@ def norm(x, residual=None, weights=None):
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("activation", linear.ACTIVATIONS)
+@pytest.mark.parametrize(("rows", "outputs"), [(1, 1), (7, 33), (5, 515)])
+def test_gate(dtype, activation, rows, outputs):
+    x = offset_view((torch.randn(rows, 2 * outputs, generator=torch.Generator().manual_seed(rows)) * 3).to(dtype))
+    ours = gate.gate(x, activation)
+    assert_within_budget(ours, gate.reference(x, activation), gate.reference(x.double(), activation))
+
+
+@pytest.mark.parametrize("head_dim", [2, 32, 64, 80])
+@pytest.mark.parametrize("lengths", [[1], [3, 0, 17, 5], [0, 0, 30, 0]])
+@pytest.mark.parametrize("placed", [False, True])
+def test_rotate(dtype, lengths, head_dim, placed):
+    big, x, cos, sin, cu_seqlens = rotations.case(lengths, 6, head_dim, dtype)
+    places = (torch.arange(x.shape[0]) * 7 % 99 - 49).int() if placed else None
+    before = x.clone()
+    rotate.rotate(x, cos, sin, cu_seqlens, places)
+    exact = rotate.reference(before.double(), cos.double(), sin.double(), cu_seqlens, places)
+    assert_within_budget(x, rotate.reference(before, cos, sin, cu_seqlens, places), exact)
+    x.fill_(SENTINEL)
+    assert (big == torch.tensor(SENTINEL, dtype=dtype)).all()
+
+
+def test_rotate_leaves_what_is_beyond_the_tables():
+    _, x, cos, sin, cu_seqlens = rotations.case([52], 3, 16)
+    before = x.clone()
+    with pytest.raises(IndexError, match="token 50 is beyond"):
+        rotate.rotate(x, cos, sin, cu_seqlens)
+    rotate_backend.prechecked(x, cos, sin, cu_seqlens)
+    assert torch.equal(x[50:], before[50:]) and not torch.equal(x[:50], before[:50])
