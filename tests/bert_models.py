@@ -125,16 +125,19 @@ class Subject:
 
     @property
     def stock_errors(self) -> dict[str, float]:
-        """Stock's largest error by output over 1,024 notes: what it is on a few rows is a matter of luck."""
+        """Stock's largest error by output over 128 notes: what it is on a few rows is a matter of luck."""
         if self._stock_errors is None:
-            config = self.model.config
-            # Four short of the table: RoBERTa counts its positions from the pad id on.
-            batch = ids(1024, max(1, min(config.max_position_embeddings - 4, 24)), vocab=config.vocab_size, seed=9)
-            if type(self.model).__name__.endswith("MultipleChoice"):
-                batch = batch.view(512, 2, -1)
-            stock, exact = run(self.stock, input_ids=batch), run(self.exact, input_ids=batch)
-            self._stock_errors = {name: worst_error(stock[name], exact[name]) for name in exact}
+            self._stock_errors = self._errors_of_stock(128)
         return self._stock_errors
+
+    def _errors_of_stock(self, notes: int) -> dict[str, float]:
+        config = self.model.config
+        # Four short of the table: RoBERTa counts its positions from the pad id on.
+        batch = ids(notes, max(1, min(config.max_position_embeddings - 4, 24)), vocab=config.vocab_size, seed=9)
+        if type(self.model).__name__.endswith("MultipleChoice"):
+            batch = batch.view(notes // 2, 2, -1)
+        stock, exact = run(self.stock, input_ids=batch), run(self.exact, input_ids=batch)
+        return {name: worst_error(stock[name], exact[name]) for name in exact}
 
     def counts(self) -> tuple[int, int]:
         report = clinfast.report(self.model)
@@ -161,6 +164,8 @@ class Subject:
             budget = 2 * max(worst_error(theirs, truth), self.stock_errors[name])
             budget += torch.finfo(self.model.dtype).eps * (truth.abs().max().item() if truth.numel() else 0.0)
             error = worst_error(mine, truth)
+            if error > budget:  # one note in some hundreds multiplies every rounding error by ten
+                budget = max(budget, 2 * self._errors_of_stock(1024)[name])
             assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
         return ours
 
