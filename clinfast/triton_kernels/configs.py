@@ -114,7 +114,7 @@ def disentangled(itemsize: int, head_dim: int) -> tuple[Attention, int]:
     # The largest that spill no registers; tiles of 64 x 64 spill 32 to 160 bytes a thread.
     if itemsize == 2 and head_dim <= 128:
         return Attention(32, 32, 4 if head_dim <= 64 else 8, 1), 64
-    return Attention(16, 16, 4 if itemsize == 2 or head_dim <= 64 else 8, 1), 32
+    return Attention(16, 16, 4 if head_dim <= 64 else 8, 1), 32
 
 
 @functools.cache
