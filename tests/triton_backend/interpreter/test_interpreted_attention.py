@@ -220,7 +220,7 @@ def test_bad_options_are_named():
     with pytest.raises(ValueError, match="bias has shape"):
         backend.extended(*args, bias=torch.zeros(2, 4))
     with pytest.raises(registry.NotOffered, match="head_dim is 257"):
-        op.attention(*([torch.zeros(4, 2, 257)] * 3), boundaries([4]), boundaries([4]), None, 1.0)
+        backend.attention(*([torch.zeros(4, 2, 257)] * 3), boundaries([4]), boundaries([4]), None, 1.0)
 
 
 def test_fixed_tiles_give_a_note_the_same_bits_in_any_batch(dtype):
