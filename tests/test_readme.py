@@ -4,13 +4,14 @@
 """
 
 import copy
-import importlib
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from bert_models import ids, mapped, randomize, right_padded, run
+from transformers_version import FOUR
 
 import clinfast
 from clinfast import models
@@ -81,10 +82,15 @@ def served(cls, backend):
     return True
 
 
+def installed(home):
+    """Whether this release of transformers has the family."""
+    return importlib.util.find_spec(home.rpartition(".")[0]) is not None
+
+
 def table():
     heads = list(HEADS)
     lines = ["| | " + " | ".join(HEADS.values()) + " |", "| --- " * (len(heads) + 1) + "|"]
-    for home in models.FAMILIES:
+    for home in filter(installed, models.FAMILIES):
         cells = []
         for head in heads:
             cls = model_class(home, head)
@@ -102,7 +108,19 @@ def test_the_table_of_families_is_what_runs(one_thread):
     if os.environ.get("CLINFAST_WRITE_README"):
         README.write_text(f"{before}{START}\n{made}\n{END}{after}")
         old = made
-    assert old.strip() == made, "the README's table is old; CLINFAST_WRITE_README=1 pytest tests/test_readme.py"
+    old = known(old.strip(), made)
+    assert old == made, "the README's table is old; CLINFAST_WRITE_README=1 pytest tests/test_readme.py"
+
+
+def known(table, made):
+    """`table` without what this release of transformers lacks; all of it on transformers 5."""
+    if not FOUR:
+        return table
+    rows = {line.split("|")[1]: line.split("|") for line in made.splitlines()}
+    kept = [line.split("|") for line in table.splitlines() if line.split("|")[1] in rows]
+    return "\n".join(
+        "|".join(cell if own.strip() else own for cell, own in zip(line, rows[line[1]], strict=True)) for line in kept
+    )
 
 
 def test_a_wrong_result_does_not_get_into_the_table(monkeypatch):
