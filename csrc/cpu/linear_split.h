@@ -5,9 +5,8 @@
 // tile unit multiplies. An infinity has no pieces and gives NaN.
 #pragma once
 
-#include <cstdlib>
-
 #include "linear_amx.h"
+#include "scratch.h"
 
 #if defined(CLINFAST_AMX)
 
@@ -46,29 +45,13 @@ static inline void split_words(Vec low, Vec high, float *to, int64_t stride) {
   word(low, high).store(to);
 }
 
-// Memory of a thread that lasts from call to call.
 struct SplitScratch {
   float *left, *right[2], *sums;
 
   SplitScratch(int64_t left_words, int64_t right_words, int64_t sum_words) {
-    static thread_local struct Arena {
-      char *base = nullptr;
-      int64_t bytes = 0;
-      ~Arena() { free(base); }
-    } arena;
     // Not whole pages, or stores to one half would look to the processor like stores to what is loaded from the other.
     right_words += kTileWords / 2 + 16;
-    const int64_t bytes = (left_words + 2 * right_words + sum_words) * 4;
-    if (bytes > arena.bytes) {
-      free(arena.base);
-      arena.base = static_cast<char *>(aligned_alloc(64, size_t(bytes)));
-      if (!arena.base) abort();
-      arena.bytes = bytes;
-    }
-    left = reinterpret_cast<float *>(arena.base);
-    right[0] = left + left_words;
-    right[1] = right[0] + right_words;
-    sums = right[1] + right_words;
+    carve<SplitScratch>({{&left, left_words}, {&right[0], right_words}, {&right[1], right_words}, {&sums, sum_words}});
   }
 };
 
